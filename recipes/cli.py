@@ -1,0 +1,44 @@
+"""The `bridges` command."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "shards": ("recipes.commands", "shards", "make webdataset shards of pictures and captions"),
+    "train": ("recipes.train", "main", "train a bridge from a YAML"),
+    "caption": ("recipes.commands", "caption", "caption pictures with a trained bridge"),
+    "demo": ("recipes.demo", "main", "train two bridges on emoji scenes and write a report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; a user's error is one message and exit code 2, not a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name not in COMMANDS:
+        listed = "\n".join(f"  {command:<9}{text}" for command, (_, _, text) in COMMANDS.items())
+        print(f"usage: bridges COMMAND [--help] …\n\n{listed}")
+        if name in ("-h", "--help"):
+            return 0
+        print(f"error: found command {name!r}; expected one of these", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[name]
+    try:
+        # Imported late: torch, transformers and lightning take seconds, --help should not.
+        getattr(import_module(module), function)(arguments[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("BRIDGES_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(BRIDGES_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def console() -> None:
+    """Console script."""
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The small subcommands."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from recipes.shards import build_shards, print_report
+
+
+def shards(arguments: Sequence[str]) -> None:
+    """`bridges shards IMAGES CAPTIONS OUT`."""
+    parser = ArgumentParser(prog="bridges shards", description=build_shards.__doc__)
+    parser.add_argument("images", type=Path, help="folder of pictures")
+    parser.add_argument(
+        "captions", type=Path, help="captions file; '-' for a .txt beside each picture"
+    )
+    parser.add_argument("out", type=Path, help="folder for the shards")
+    skip: set[str | int] = {"images", "captions", "out", "progress"}
+    parser.add_function_arguments(build_shards, skip=skip, fail_untyped=False)
+    options = vars(parser.parse_args(list(arguments)))
+    captions = options.pop("captions")
+    source = None if str(captions) == "-" else captions
+    print_report(build_shards(options.pop("images"), source, options.pop("out"), **options))
+
+
+def caption(arguments: Sequence[str]) -> None:
+    """`bridges caption IMAGE… --run RUNDIR`."""
+    parser = ArgumentParser(
+        prog="bridges caption", description="Captions pictures, one line each: file, tab, caption."
+    )
+    parser.add_argument("images", type=Path, nargs="+", help="picture files")
+    parser.add_argument("--run", type=Path, required=True, help="run directory of the bridge")
+    parser.add_argument("--prompt", type=str | None, help="instead of the one trained with")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=40)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--do_sample", type=bool, default=False, help="sample; else the likeliest")
+    parser.add_argument("--temperature", type=float | None)
+    parser.add_argument("--top_p", type=float | None)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    options: dict[str, Any] = vars(parser.parse_args(list(arguments)))
+    images = options.pop("images")
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise ValueError(f"found no file {', '.join(missing)}; expected pictures")
+
+    import torch
+
+    import bridges
+
+    torch.manual_seed(options.pop("seed"))
+    model = bridges.load(options.pop("run"))
+    given = {k: v for k, v in options.items() if v is not None}
+    for path, text in zip(images, bridges.caption(model, images, **given), strict=True):
+        print(f"{path}\t{text}")

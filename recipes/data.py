@@ -1,0 +1,189 @@
+"""Shards as Lightning data: the order, the split and the place where a run was stopped."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from bridges import VisionLanguageModel
+from recipes.batch import CaptionBatch, CaptionCollator, CaptionDecoder
+from recipes.cache import cache_features, check_cached
+from recipes.stream import ShardStream, expand_shards
+
+HELD_OUT_SPLITS = ("val", "dev", "test")
+
+
+class SizedLoader(DataLoader[CaptionBatch]):
+    """A loader over a `ShardStream` that knows its length and may start in mid-epoch.
+
+    Lightning restores no position of a plain loader: it would begin the epoch again.
+
+    Args:
+        stream: the samples.
+        batch_size: per rank.
+        batches: length of the whole epoch.
+        start: batches of it that are done already.
+        **options: of `DataLoader`.
+    """
+
+    def __init__(
+        self, stream: ShardStream[Any], batch_size: int, batches: int, start: int, **options: Any
+    ) -> None:
+        super().__init__(stream, batch_size, **options)
+        self.batches = batches
+        # Workers take turns: each has done the same number of batches, but for the last round.
+        rounds, self.dropped = divmod(start, max(self.num_workers, 1))
+        stream.skip(rounds * batch_size)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[CaptionBatch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return itertools.islice(super().__iter__(), self.dropped, None)
+
+
+class CaptionData(L.LightningDataModule):
+    """Shards of captioned pictures.
+
+    Args:
+        shards: paths with braces or globs, or a folder. In a folder with ``train-*.tar`` those
+            are for training and ``val-*``, ``dev-*`` or ``test-*`` for validation.
+        val_shards: shards to validate on; found in the folder of `shards` by default.
+        batch_size: per rank.
+        num_workers: processes that decode pictures on each rank.
+        max_caption_tokens: longer captions are cut.
+        feature_cache: folder in which the frozen features of all pictures are kept, computed
+            once before training; null encodes pictures as they come.
+        shuffle_buffer: samples held for shuffling.
+        on_error: what to do with a bad sample: stop, or count it, name it and go on.
+        seed: of the order of samples.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        val_shards: str | None = None,
+        batch_size: int = 24,
+        num_workers: int = 0,
+        max_caption_tokens: int = 64,
+        feature_cache: str | None = None,
+        shuffle_buffer: int = 1000,
+        on_error: Literal["raise", "skip"] = "raise",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train_shards, self.held_out_shards = split_shards(shards, val_shards)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.max_caption_tokens = max_caption_tokens
+        self.feature_cache = feature_cache
+        self.shuffle_buffer = shuffle_buffer
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.seed = seed
+        self.source_shards = [*self.train_shards, *self.held_out_shards]
+        self._resume: dict[str, int] = {}
+        self._train: ShardStream[Any] | None = None
+
+    def connect(self, model: VisionLanguageModel) -> None:
+        """Fits the stream to a model: its preprocessing, its tokenizer, its features."""
+        if self.feature_cache is not None:
+            cache = partial(cache_features, encoder=model.vision, cache=Path(self.feature_cache))
+            self.train_shards = cache(self.train_shards)
+            self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
+        check_cached([*self.train_shards, *self.held_out_shards], model.vision)
+        self._model = model
+        self._train = self._stream(self.train_shards, training=True)
+
+    def setup(self, stage: str) -> None:
+        """Lightning calls this on every rank before training."""
+        assert self.trainer is not None
+        self.connect(self.trainer.lightning_module.vlm)  # pyright: ignore[reportArgumentType]
+
+    def train_dataloader(self) -> SizedLoader:
+        """The rest of the current epoch; asked for anew before each."""
+        assert self.trainer is not None and self._train is not None
+        epoch = self.trainer.current_epoch
+        start = self._resume.get("batches", 0) if self._resume.get("epoch") == epoch else 0
+        self._train.set_epoch(epoch)
+        batches = self._train.num_batches(
+            self.batch_size,
+            world_size=self.trainer.world_size,
+            num_workers=self.num_workers,
+            drop_last=True,
+        )
+        if not batches:
+            raise ValueError(
+                f"found {self._train.total_samples} samples for batches of {self.batch_size} on "
+                f"{self.trainer.world_size} ranks × {max(1, self.num_workers)} workers; expected "
+                "at least one batch each: lower data.batch_size or data.num_workers"
+            )
+        return self._loader(self._train, self.num_workers, batches, start, drop_last=True)
+
+    def val_dataloader(self) -> SizedLoader | list[Any]:
+        """The held-out pictures, in order; none if there are no held-out shards."""
+        if not self.held_out_shards:
+            return []
+        stream = self._stream(self.held_out_shards, training=False)
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        batches = stream.num_batches(self.batch_size, world_size=world_size)
+        return self._loader(stream, 0, batches, 0, drop_last=False)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training stands: epoch and batches of it that are done."""
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"epoch": self.trainer.current_epoch, "batches": progress.processed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Takes the position up; the stream then starts after the batches that are done."""
+        self._resume = state_dict
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad samples by kind, of this process."""
+        return dict(self._train.skipped) if self._train is not None else {}
+
+    def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
+        return ShardStream(
+            list(shards),
+            CaptionDecoder(self._model.vision.preprocess, random_caption=training),
+            seed=self.seed,
+            shuffle=training,
+            shuffle_buffer=self.shuffle_buffer,
+            on_error=self.on_error,
+        )
+
+    def _loader(
+        self, stream: ShardStream[Any], workers: int, batches: int, start: int, *, drop_last: bool
+    ) -> SizedLoader:
+        collate = CaptionCollator(
+            self._model.prompt_encoder(self.max_caption_tokens),
+            self._model.prompt,
+            self._model.vision.shape.grid,
+        )
+        return SizedLoader(
+            stream,
+            self.batch_size,
+            batches,
+            start,
+            num_workers=workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=self._model.lm.device.type == "cuda",
+        )
+
+
+def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[Path]]:
+    """Training and held-out shards of ``--data``; see `CaptionData`."""
+    folder = Path(shards)
+    if not folder.is_dir():
+        return expand_shards(shards), expand_shards(val_shards) if val_shards else []
+    train = sorted(folder.glob("train-*.tar")) or expand_shards(folder)
+    if val_shards:
+        return train, expand_shards(val_shards)
+    held_out = [s for split in HELD_OUT_SPLITS for s in sorted(folder.glob(f"{split}-*.tar"))]
+    return [path for path in train if path not in held_out], held_out

@@ -1,0 +1,146 @@
+"""One Lightning module for every generative bridge."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from bridges import (
+    BridgeFactory,
+    LanguageModel,
+    LanguageSource,
+    VisionEncoder,
+    VisionLanguageModel,
+    VisionSource,
+)
+from bridges.language import IMAGE_TOKEN
+from bridges.run import check_fingerprints
+from recipes.batch import CaptionBatch
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr: learning rate at the end.
+        warmup_steps: optimiser steps from 0 to `lr`.
+        betas: of Adam; BLIP-2's by default.
+        weight_decay: on matrices only; biases, norms and gates have none.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+
+
+class CaptionModule(L.LightningModule):
+    """Trains a bridge to caption: cross-entropy on the caption's tokens only.
+
+    Args:
+        vision: the frozen encoder.
+        lm: the frozen LM.
+        bridge: the bridge, by class path; its widths come from the two ends.
+        optimizer: optimiser and schedule.
+        prompt: what stands before a caption; must hold ``<image>``.
+    """
+
+    def __init__(
+        self,
+        vision: VisionSource,
+        lm: LanguageSource,
+        bridge: BridgeFactory,
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        prompt: str = IMAGE_TOKEN,
+    ) -> None:
+        super().__init__()
+        self.optimizer_options = optimizer
+        self.vlm = VisionLanguageModel.connect(
+            VisionEncoder.load(**vars(vision)),
+            LanguageModel.load(**vars(lm)),
+            bridge,
+            prompt=prompt,
+        )
+        self.val_nll = MeanMetric()
+
+    def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
+        """Caption loss of a batch, in nats per token, plus the bridge's own losses."""
+        output = self.vlm(
+            batch.text.input_ids,
+            batch.text.attention_mask,
+            batch.text.labels,
+            batch.features(self.vlm.vision),
+        )
+        if not torch.isfinite(output.loss):
+            raise RuntimeError(
+                f"found a loss of {output.loss.item()} at step {self.global_step}; expected a "
+                "finite one: lower model.optimizer.lr, or train in fp32 (trainer.precision: 32)"
+            )
+        size = len(batch)
+        self.log("loss", output.loss, prog_bar=True, batch_size=size)
+        for name, loss in output.losses.items():
+            self.log(f"loss/{name}", loss, batch_size=size)
+        if batch.text.truncated:
+            self.log("truncated_captions", float(batch.text.truncated), batch_size=size)
+        return output.loss
+
+    def validation_step(self, batch: CaptionBatch, _: int) -> None:
+        """Held-out caption loss per token."""
+        output = self.vlm(
+            batch.text.input_ids,
+            batch.text.attention_mask,
+            batch.text.labels,
+            batch.features(self.vlm.vision),
+        )
+        self.val_nll.update(output.token_losses.mean(), len(output.token_losses))
+        self.log("val_loss", self.val_nll, prog_bar=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters; the schedule steps with the optimiser."""
+        options = self.optimizer_options
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+        )
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            options.warmup_steps,
+            int(self.trainer.estimated_stepping_batches),
+            min_lr=options.min_lr,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The trainable part alone: frozen weights stay out of checkpoints."""
+        return self.vlm.trainable_state()
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Loads what `state_dict` returned."""
+        self.vlm.load_trainable_state(state_dict)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes the frozen ends that the checkpoint belongs to."""
+        checkpoint["fingerprints"] = {
+            "vision": self.vlm.vision.fingerprint,
+            "lm": self.vlm.lm.fingerprint,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other frozen ends."""
+        check_fingerprints(
+            checkpoint.get("fingerprints", {}), self.vlm.vision, self.vlm.lm, "this checkpoint"
+        )

@@ -1,0 +1,148 @@
+"""`bridges train`: LightningCLI over one module, one stream and a run directory."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from bridges import LanguageSource, RunSpec, VisionSource
+from bridges.precision import resolve_dtype
+from bridges.run import RUN_FILE
+from recipes.checkpoints import LAST, AtomicCheckpointIO
+from recipes.data import CaptionData
+from recipes.module import CaptionModule
+from recipes.recording import RunRecorder, Throughput
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class TrainCLI(LightningCLI):
+    """Config files and overrides become a trainer, a module and data; a typo is an error."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run needs beside trainer, model and data."""
+        parser.add_argument("--run", type=str, required=True, help="folder of the run")
+        parser.add_argument(
+            "--resume", type=bool, default=False, help="continue the run from its last checkpoint"
+        )
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=500, help="steps between checkpoints"
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that writes everything into the run directory."""
+        config: Namespace = self.config
+        folder = Path(config.run)
+        if (folder / RUN_FILE).exists() and not config.resume:
+            raise ValueError(
+                f"found a run in {folder} already; expected a new folder: give another --run, "
+                "continue it with --resume true, or delete it"
+            )
+        options = config.trainer
+        if options.precision is None:
+            bf16 = resolve_dtype("auto") == torch.bfloat16
+            options.precision = "bf16-mixed" if bf16 else "32-true"
+        checkpoints = ModelCheckpoint(
+            dirpath=folder / LAST.parent,
+            filename=LAST.stem,
+            every_n_train_steps=config.checkpoint_every,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        spec = RunSpec(
+            VisionSource(**config.model.vision.as_dict()),
+            _language_source(config.model.lm),
+            config.model.bridge.as_dict(),
+            config.model.prompt,
+        )
+        dumped = self.parser.dump(config, skip_none=False)
+        recorder = RunRecorder(folder, spec, dumped, seed=config.seed_everything)
+        kwargs["logger"] = [
+            CSVLogger(folder, name="", version="csv"),
+            TensorBoardLogger(folder, name="", version="tensorboard"),
+        ]
+        kwargs["callbacks"] = [
+            *(options.callbacks or []),
+            *([RichProgressBar(leave=True)] if options.enable_progress_bar is not False else []),
+            checkpoints,
+            Throughput(),
+            recorder,
+        ]
+        kwargs["plugins"] = [AtomicCheckpointIO()]
+        # The stream's order belongs to an epoch, so that its loader is made anew for each.
+        kwargs["reload_dataloaders_every_n_epochs"] = 1
+        return super().instantiate_trainer(**kwargs)
+
+
+def train(arguments: Sequence[str]) -> Path:
+    """Runs `bridges train` with these arguments; returns the run directory."""
+    torch.set_float32_matmul_precision("medium")
+    cli = TrainCLI(
+        CaptionModule,
+        CaptionData,
+        args=expand_arguments(arguments),
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_kwargs={"parser_mode": "omegaconf"},
+    )
+    folder = Path(cli.config.run)
+    resume = folder / LAST if cli.config.resume else None
+    if resume is not None and not resume.is_file():
+        raise ValueError(
+            f"found no checkpoint at {resume}; expected one to continue from: leave --resume out"
+        )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
+    return folder
+
+
+def expand_arguments(arguments: Sequence[str]) -> list[str]:
+    """`--data PATH` means `--data.shards=PATH`; a shipped config may go by its bare name."""
+    expanded: list[str] = []
+    previous = ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if previous == "--config" or (flag == "--config" and equals):
+            path = shipped_config(value if equals else argument)
+            argument = f"--config={path}" if equals else path
+        elif argument == "--data":
+            argument = "--data.shards"
+        elif flag == "--data" and equals:
+            argument = f"--data.shards={value}"
+        expanded.append(argument)
+        previous = argument
+    return expanded
+
+
+def shipped_config(name: str) -> str:
+    """A config file by its path, or a shipped one by its name without `.yaml`."""
+    if Path(name).is_file():
+        return name
+    shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    if not shipped.is_file():
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ValueError(
+            f"found no config file {name!r}; expected a path or one of the shipped {names}"
+        )
+    return str(shipped)
+
+
+def _language_source(config: Namespace) -> LanguageSource:
+    from bridges import LoRA
+
+    options = config.as_dict()
+    lora = options.pop("lora")
+    return LanguageSource(**options, lora=LoRA(**lora) if lora else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the subcommand."""
+    folder = train(sys.argv[2:] if arguments is None else arguments)
+    print(f"the bridge is in {folder}; caption with: bridges caption IMAGE --run {folder}")

@@ -1,0 +1,208 @@
+"""The emoji scenes: what they promise about splits, seeds, places and scores."""
+
+import io
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from recipes import scenes
+from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
+from recipes.scenes import caption, draw, generate, parse_caption, scene_samples, score
+
+MANY = 4000
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Black squares in the place of the artwork."""
+    folder = tmp_path_factory.mktemp("emoji")
+    for vendor in scenes.VENDORS:
+        (folder / vendor).mkdir()
+        for code in CODE_POINTS.values():
+            Image.new("RGBA", (8, 8), (0, 0, 0, 255)).save(folder / vendor / f"U+{code:X}.png")
+    return folder
+
+
+def _composition(scene: scenes.Scene) -> frozenset[str]:
+    names = frozenset(placed.name for placed in scene.objects)
+    return names if len(names) > 1 else names | {scene.colour}
+
+
+def test_splits_share_no_composition_across_seeds():
+    train = {_composition(s) for seed in (0, 1) for s in generate(MANY, seed, "train")}
+    val = {_composition(s) for seed in (0, 2) for s in generate(MANY, seed, "val")}
+    assert train.isdisjoint(val)
+
+
+def test_about_15_percent_of_the_compositions_are_held_out():
+    pairs = [scenes.is_held_out(pair, "red") for pair in itertools.combinations(CODE_POINTS, 2)]
+    singles = [
+        scenes.is_held_out([name], colour) for name in CODE_POINTS for colour in GROUND_COLOURS
+    ]
+    assert 0.13 < sum(pairs) / len(pairs) < 0.17
+    assert 0.10 < sum(singles) / len(singles) < 0.20
+
+
+def test_a_pair_is_held_out_on_any_ground_and_in_any_order():
+    for first, second in itertools.combinations(list(CODE_POINTS)[:20], 2):
+        found = {
+            scenes.is_held_out(pair, colour)
+            for pair in ((first, second), (second, first))
+            for colour in GROUND_COLOURS
+        }
+        assert len(found) == 1
+
+
+def test_every_word_occurs_in_training():
+    train = list(generate(MANY, 0, "train"))
+    assert {p.name for s in train for p in s.objects} == set(CODE_POINTS)
+    assert {s.colour for s in train} == set(GROUND_COLOURS)
+    assert {s.relation for s in train} == {*INVERSE_RELATION, None}
+    # Each alone too: some ground is open to every single object.
+    alone = {s.objects[0].name for s in generate(MANY, 0, "train", two_object_share=0)}
+    assert alone == set(CODE_POINTS)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_scenes_repeat_and_a_longer_run_begins_with_the_shorter(split: str):
+    long, short = list(generate(50, 7, split)), list(generate(20, 7, split))
+    assert long[:20] == short
+    assert list(generate(20, 8, split)) != short
+
+
+def test_splits_are_not_the_same_draws():
+    # The number of objects is drawn before the split's compositions come into it.
+    counts = [[len(s.objects) for s in generate(50, 7, split)] for split in ("train", "val")]
+    assert counts[0] != counts[1]
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.0, {1}), (0.5, {1, 2}), (1.0, {2})])
+def test_two_object_share(share: float, counts: set[int]):
+    drawn = generate(200, 0, "train", two_object_share=share)
+    assert {len(scene.objects) for scene in drawn} == counts
+
+
+def test_a_vendor_can_be_held_out():
+    drawn = generate(200, 0, "train", vendors=["Twtr"])
+    assert {placed.vendor for scene in drawn for placed in scene.objects} == {"Twtr"}
+
+
+def test_boxes_lie_inside_apart_and_as_the_relation_says():
+    for scene in generate(MANY, 3, "train"):
+        for placed in scene.objects:
+            left, top, right, bottom = placed.box
+            assert 0 <= left < right <= scenes.IMAGE_SIZE
+            assert 0 <= top < bottom <= scenes.IMAGE_SIZE
+            assert right - left == bottom - top  # drawn without distortion
+        if scene.relation is None:
+            continue
+        first, second = (placed.box for placed in scene.objects)
+        # As seen from the first: its far edge comes before the near edge of the second.
+        before = {
+            "to the left of": first[2] <= second[0],
+            "to the right of": second[2] <= first[0],
+            "above": first[3] <= second[1],
+            "below": second[3] <= first[1],
+        }
+        assert [phrase for phrase, holds in before.items() if holds] == [scene.relation]
+        across = abs(first[0] + first[2] - second[0] - second[2])
+        along = abs(first[1] + first[3] - second[1] - second[3])
+        if scene.relation.startswith("to the"):
+            along, across = across, along
+        assert across <= scenes.MAX_SLANT * along
+
+
+def test_captions_read_back():
+    for scene in generate(MANY, 5, "train"):
+        names = tuple(placed.name for placed in scene.objects)
+        assert parse_caption(caption(scene)) == scenes.Parsed(names, scene.relation, scene.colour)
+
+
+def test_articles():
+    captions = [caption(scene) for scene in generate(MANY, 5, "train")]
+    assert any(text.startswith("an apple ") for text in captions)
+    assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in captions)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", (None, None, None)),
+        ("A cat on a green background. A dog", (("cat",), None, "green")),
+        ("a cat", (("cat",), None, None)),
+        ("a cat above", (("cat",), "above", None)),
+        ("a small cat below the dog on red ground", (("cat", "dog"), "below", "red")),
+        ("a blorg to the left of a cat on an orange background",
+         (("blorg", "cat"), "to the left of", None)),
+        ("a cat and a dog on a red background\nmore", (("cat", "dog"), None, "red")),
+        # Names are whole words: no "car" in a carrot.
+        ("a carrot on a blue background", (("carrot",), None, "blue")),
+    ],
+)  # fmt: skip
+def test_parsing_tolerates_what_is_missing(text: str, expected: tuple):
+    assert parse_caption(text) == scenes.Parsed(*expected)
+
+
+PAIR = {"objects": ["cat", "dog"], "relation": "above", "colour": "red"}
+SINGLE = {"objects": ["cat"], "relation": None, "colour": "red"}
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "expected"),
+    [
+        ("a cat above a dog on a red background", PAIR, (True, True, True)),
+        ("a dog below a cat on a red background", PAIR, (True, True, True)),
+        ("a dog above a cat on a red background", PAIR, (True, False, True)),
+        ("a cat below a dog on a blue background", PAIR, (True, False, False)),
+        ("a cat above a key on a red background", PAIR, (False, True, True)),
+        ("a key below a cat on a red background", PAIR, (False, False, True)),
+        ("a cat and a dog on a red background", PAIR, (True, False, True)),
+        ("a cat on a red background", PAIR, (False, False, True)),
+        ("", PAIR, (False, False, False)),
+        ("a cat on a red background", SINGLE, (True, None, True)),
+        ("a cat above a cat on a red background", SINGLE, (False, None, True)),
+        ("a blorg above a cat on a red background", SINGLE, (False, None, True)),
+        ("a dog on a green background", SINGLE, (False, None, False)),
+    ],
+)
+def test_score(text: str, truth: dict, expected: tuple):
+    assert score(text, truth) == dict(zip(("object", "relation", "colour"), expected, strict=True))
+
+
+def test_drawing_fills_the_boxes_on_the_ground(emoji: Path):
+    for scene in generate(20, 0, "train"):
+        image = draw(scene, emoji)
+        left, top, right, bottom = scene.objects[0].box
+        assert image.size == (224, 224)
+        assert image.getpixel(((left + right) // 2, (top + bottom) // 2)) == (0, 0, 0)
+        black = sum(
+            (placed.box[2] - placed.box[0]) * (placed.box[3] - placed.box[1])
+            for placed in scene.objects
+        )
+        counts = {colour: count for count, colour in image.getcolors() or []}
+        assert counts == {(0, 0, 0): black, scene.ground: 224 * 224 - black}
+
+
+def test_samples_carry_the_truth(emoji: Path):
+    samples = list(scene_samples(12, 0, "val", emoji))
+    for k, (sample, scene) in enumerate(zip(samples, generate(12, 0, "val"), strict=True)):
+        assert sample["__key__"] == f"val-{k:06d}"
+        assert sample["txt"] == caption(scene)
+        assert sample["json"]["captions"] == [caption(scene)]
+        assert set(score(sample["txt"], sample["json"]).values()) <= {True, None}
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (224, 224)
+
+
+def test_an_unknown_split_or_vendor_is_refused():
+    with pytest.raises(ValueError, match="'test', expected 'train' or 'val'"):
+        next(generate(1, 0, "test"))
+    with pytest.raises(ValueError, match=r"\['Apple'\], expected some of"):
+        next(generate(1, 0, "train", vendors=["Apple"]))
+
+
+def test_a_missing_picture_says_where_pictures_come_from(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no picture of .*fetch\('emoji'\)"):
+        draw(next(generate(1, 0, "train")), tmp_path)

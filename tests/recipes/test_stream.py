@@ -1,0 +1,492 @@
+"""Shards read: who gets which sample in which order, and what bad input is answered with."""
+
+import io
+import itertools
+import json
+import logging
+import pickle
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from recipes.shards import write_shards
+from recipes.stream import (
+    SampleError,
+    ShardError,
+    ShardStream,
+    count_samples,
+    decode_caption_sample,
+    expand_shards,
+)
+
+
+def key_of(raw: dict) -> str:
+    return raw["__key__"]
+
+
+def seed_of(raw: dict) -> str:
+    return raw["__seed__"]
+
+
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    pairs = members.items() if isinstance(members, dict) else members
+    with tarfile.open(path, "w") as tar:
+        for name, data in pairs:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_numbered(out: Path, shards: int, per_shard: int = 5) -> str:
+    """``shards`` shards of ``per_shard`` samples, the last one sample short."""
+    count = shards * per_shard - 1
+    samples = ({"__key__": f"{n:04d}", "jpg": b"x", "txt": str(n)} for n in range(count))
+    write_shards(samples, out, "train", samples_per_shard=per_shard)
+    return str(out)
+
+
+def stream(shards, decode=key_of, *, seed=0, shuffle=True, **options) -> ShardStream:
+    return ShardStream(shards, decode, seed=seed, shuffle=shuffle, **options)
+
+
+def picture(format: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(data, format)
+    return data.getvalue()
+
+
+def array_bytes(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=allow_pickle)
+    return data.getvalue()
+
+
+# --- order and split
+
+
+@pytest.mark.parametrize("shards", range(1, 8))
+def test_every_split_is_disjoint_and_equal(shards, tmp_path):
+    total = shards * 5 - 1
+    whole = stream(write_numbered(tmp_path, shards), shuffle_buffer=3)
+    for shuffle in (True, False):
+        whole.shuffle = shuffle
+        for world_size in (1, 2, 3):
+            for num_workers in (0, 1, 2):
+                consumers = world_size * max(num_workers, 1)
+                if consumers > total:
+                    continue
+                length = whole.samples_per_consumer(world_size, num_workers)
+                found = [
+                    list(whole.iterate(rank, world_size, worker, num_workers))
+                    for rank in range(world_size)
+                    for worker in range(max(num_workers, 1))
+                ]
+                assert [len(keys) for keys in found] == [length] * consumers
+                assert len(set().union(*found)) == length * consumers
+                assert total - length * consumers < consumers
+
+
+def test_one_consumer_in_order_gets_each_sample_once(tmp_path):
+    keys = list(stream(write_numbered(tmp_path, 3), shuffle=False))
+    assert keys == [f"{n:04d}" for n in range(14)]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [1, 1000])
+def test_the_order_is_a_function_of_seed_and_epoch(shuffle_buffer, tmp_path):
+    shards = write_numbered(tmp_path, 4)
+
+    def order(seed: int, epoch: int) -> tuple[str, ...]:
+        found = stream(shards, seed=seed, shuffle_buffer=shuffle_buffer)
+        found.set_epoch(epoch)
+        return tuple(found)
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(set(orders.values())) == 6
+    assert {tuple(sorted(keys)) for keys in orders.values()} == {
+        tuple(f"{n:04d}" for n in range(19))
+    }
+    random.seed(5)
+    torch.manual_seed(5)
+    assert orders == {which: order(*which) for which in orders}
+
+
+def test_the_shards_themselves_are_permuted(tmp_path):
+    data = stream(write_numbered(tmp_path, 4), shuffle_buffer=1)
+    followers = set()
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        keys = list(data)
+        followers |= set(itertools.pairwise(keys))
+    ends_first_shard = {second for first, second in followers if first == "0004"}
+    assert len(ends_first_shard) > 1
+
+
+def test_a_consumer_sees_other_samples_of_a_single_shard_in_other_epochs(tmp_path):
+    one = stream(write_numbered(tmp_path, 1, per_shard=20))
+    seen = set()
+    for epoch in range(20):
+        one.set_epoch(epoch)
+        seen |= set(one.iterate(0, 4))
+    assert len(seen) > 15
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_skip_gives_the_tail(shuffle, on_error, tmp_path):
+    tail = stream(write_numbered(tmp_path, 3), shuffle=shuffle, on_error=on_error, shuffle_buffer=4)
+    tail.set_epoch(2)
+    whole = list(tail.iterate(1, 2))
+    for items in range(len(whole) + 1):
+        tail.skip(items)
+        assert list(tail.iterate(1, 2)) == whole[items:]
+    tail.skip(8)
+    with pytest.raises(ValueError, match=r"skip\(8\) in an epoch of 7"):
+        tail.iterate(1, 2)
+    tail.set_epoch(3)
+    assert len(list(tail.iterate(1, 2))) == 7
+
+
+def test_what_is_skipped_is_not_decoded(tmp_path):
+    decoded = []
+    tail = stream(write_numbered(tmp_path, 2), lambda raw: decoded.append(raw["__key__"]))
+    tail.skip(6)
+    assert len(list(tail)) == 3
+    assert len(decoded) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_real_loader_with_workers(tmp_path):
+    data = stream(write_numbered(tmp_path, 3))
+    data.set_epoch(1)
+    batches = list(DataLoader(data, batch_size=3, num_workers=2))
+    assert len(batches) == data.num_batches(3, num_workers=2) == 6
+    keys = [key for batch in batches for key in batch]
+    assert len(keys) == len(set(keys)) == 14
+    expected = [list(data.iterate(worker=worker, num_workers=2)) for worker in (0, 1)]
+    assert batches[0] == expected[0][:3]
+    assert batches[1] == expected[1][:3]
+
+
+def test_ranks_are_read_from_the_environment(tmp_path, monkeypatch):
+    data = stream(write_numbered(tmp_path, 3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is not set"):
+        list(data)
+    halves = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        halves.append(set(data))
+    assert len(halves[0]) == len(halves[1]) == 7
+    assert not halves[0] & halves[1]
+
+
+def test_ranks_are_read_from_the_process_group(tmp_path, monkeypatch):
+    data = stream(write_numbered(tmp_path, 3))
+    expected = list(data.iterate(1, 2))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    assert list(data) == expected
+    spawned = pickle.dumps(data)  # what a DataLoader does to start a worker by spawn
+    monkeypatch.undo()
+    assert list(pickle.loads(spawned)) == expected
+
+
+def test_more_consumers_than_samples_is_an_error(tmp_path):
+    data = stream(write_numbered(tmp_path, 1))
+    with pytest.raises(ShardError, match=r"4 samples for 6 consumers.*fewer workers"):
+        data.iterate(0, 3, 0, 2)
+
+
+def test_left_over_samples_are_reported(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        list(stream(write_numbered(tmp_path, 3)).iterate(0, 4))
+    assert "2 samples left over" in caplog.text
+
+
+def test_the_augmentation_seed_belongs_to_the_sample(tmp_path):
+    data = stream(write_numbered(tmp_path, 2), seed_of)
+    first = list(data)
+    assert len(set(first)) == 9
+    data.skip(4)
+    assert list(data) == first[4:]
+    data.set_epoch(1)
+    assert not set(data) & set(first)
+
+
+# --- finding shards
+
+
+def test_shards_are_found_by_braces_globs_folders_and_lists(tmp_path):
+    write_numbered(tmp_path, 3)
+    paths = [tmp_path / f"train-00000{index}.tar" for index in range(3)]
+    assert expand_shards(f"{tmp_path}/train-{{000000..000002}}.tar") == paths
+    assert expand_shards(f"{tmp_path}/train-*.tar") == paths
+    assert expand_shards(str(tmp_path)) == expand_shards(tmp_path) == paths
+    assert expand_shards([str(paths[2]), paths[0]]) == [paths[2], paths[0]]
+    (tmp_path / "{odd}").mkdir()
+    odd = paths[0].rename(tmp_path / "{odd}" / "[1].tar")
+    assert expand_shards(odd) == [odd]
+
+
+def test_missing_shards_are_each_named(tmp_path):
+    write_numbered(tmp_path, 2)
+    with pytest.raises(ShardError, match=r"000002.tar, .*000003.tar; expected .*bridges shards"):
+        expand_shards(f"{tmp_path}/train-{{000000..000003}}.tar")
+    with pytest.raises(ShardError, match="val-"):
+        expand_shards([f"{tmp_path}/train-*.tar", f"{tmp_path}/val-*.tar"])
+    with pytest.raises(ShardError, match="no shards"):
+        expand_shards([])
+    with pytest.raises(ShardError, match=r"more than once: .*000001.tar"):
+        expand_shards([str(tmp_path), f"{tmp_path}/train-000001.tar"])
+    with pytest.raises(ShardError, match="unbalanced braces"):
+        expand_shards("train-{0..7.tar")
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch {}/hit", "http://x/y.tar", "file:/x.tar", "s3://b/k"])
+def test_commands_and_urls_are_refused(spec, tmp_path):
+    with pytest.raises(ShardError, match="expected local files"):
+        stream(spec.format(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad shards
+
+
+def test_truncated_shards_are_refused_wherever_they_are_cut(tmp_path):
+    write_numbered(tmp_path, 2)
+    shard = tmp_path / "train-000000.tar"
+    data = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    for cut in range(0, end + 1, 256):
+        shard.write_bytes(data[:cut])
+        with pytest.raises(ShardError, match=r"train-000000.tar"):
+            stream(str(tmp_path))
+    shard.write_bytes(data[:512] + b"garbage" + data[519:])
+    stream(str(tmp_path))  # within a member, a tar file cannot know
+    shard.write_bytes(data[:1024] + b"garbage" + data[1031:])
+    with pytest.raises(ShardError, match="damaged"):
+        stream(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jpg", "a.jpg"],
+        ["a.jpg", "a.JPG"],
+        ["a.jpg", "b.jpg", "a.txt"],
+        ["a.jpg", "b.jpg", "a.jpg"],
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(names, tmp_path):
+    shard = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    with pytest.raises(ShardError, match=r"x.tar: key 'a' occurs twice"):
+        stream(shard)
+
+
+def test_what_is_no_plain_tar_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "zipped.tar", "w:gz"):
+        pass
+    (tmp_path / "empty.tar").touch()
+    for name in ("zipped.tar", "empty.tar"):
+        with pytest.raises(ShardError, match=f"{name}: not a complete, uncompressed tar"):
+            count_samples(tmp_path / name)
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    with pytest.raises(ShardError, match=r"'a.jpg' is a link"):
+        count_samples(tmp_path / "link.tar")
+    with pytest.raises(ShardError, match="no samples in 1 shards"):
+        stream(write_tar(tmp_path / "none.tar", {"README": b"hello"}))
+
+
+def test_a_count_is_what_is_read(tmp_path):
+    members = {
+        "__meta__/x.txt": b"",
+        "00/1.jpg": b"",
+        "00/1.cls": b"3",
+        "00/README": b"",
+        "._2.jpg": b"",
+        "2.TXT": b"",
+    }
+    shard = write_tar(tmp_path / "x.tar", members)
+    assert count_samples(shard) == 2
+    assert list(stream(shard, shuffle=False)) == ["00/1", "2"]
+
+
+def test_long_names_are_read_from_where_their_header_begins(tmp_path):
+    keys = [f"{'long' * 50}{index}" for index in range(4)]
+    shard = write_tar(tmp_path / "x.tar", {f"{key}.txt": b"" for key in keys})
+    data = stream(shard, shuffle=False)
+    assert [key for rank in range(4) for key in data.iterate(rank, 4)] == keys
+
+
+def test_a_shard_that_changes_while_in_use_is_an_error(tmp_path):
+    shard = write_tar(tmp_path / "x.tar", {f"{n}.txt": b"" for n in range(4)})
+    data = stream(shard)
+    write_tar(shard, {"0.txt": b""})
+    with pytest.raises(ShardError, match="has changed"):
+        list(data)
+
+
+# --- bad samples
+
+
+GOOD = {"png": picture(), "txt": b"a red square"}
+BAD = {
+    "unreadable image": {"jpg": b"not a picture", "txt": b"x"},
+    "missing caption": {"png": picture()},
+    "missing image": {"txt": b"x"},
+    "unreadable json": {"png": picture(), "json": b"{", "txt": b"x"},
+    "unreadable caption": {"png": picture(), "txt": b"\xff"},
+    "unreadable features": {"npy": array_bytes(np.zeros(9))[:-1], "txt": b"x"},
+}
+
+
+def write_samples(path: Path, *samples: dict[str, bytes]) -> Path:
+    members = [
+        (f"s{index}.{extension}", data)
+        for index, sample in enumerate(samples)
+        for extension, data in sample.items()
+    ]
+    return write_tar(path, members)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_sample_is_named_or_counted(kind, tmp_path, caplog):
+    shard = write_samples(tmp_path / "x.tar", GOOD, BAD[kind], GOOD)
+    data = stream(shard, decode_caption_sample, shuffle=False)
+    with pytest.raises(SampleError, match=r"x.tar: sample 's1' \(members .*on_error") as error:
+        list(data)
+    assert error.value.kind == kind
+
+    data = stream(shard, decode_caption_sample, shuffle=False, on_error="skip")
+    for _ in range(2):  # counted once, however often it comes round
+        assert [sample["key"] for sample in data] == ["s0", "s2", "s0"]
+        assert data.skipped == {kind: 1}
+    assert "x.tar: sample 's1'" in caplog.text
+    assert "its first ones come again" in caplog.text
+
+
+def test_skip_gives_the_tail_past_bad_samples(tmp_path):
+    samples = [GOOD, *BAD.values(), *[GOOD] * 9]
+    shard = write_samples(tmp_path / "x.tar", *samples)
+    data = stream(shard, decode_caption_sample, on_error="skip", shuffle_buffer=4)
+    whole = [sample["key"] for sample in data]
+    assert len(whole) == len(samples)
+    for items in (3, 12, 16):
+        data.skip(items)
+        assert [sample["key"] for sample in data] == whole[items:]
+
+
+def test_nothing_but_bad_samples_ends_in_an_error(tmp_path):
+    shard = write_samples(tmp_path / "x.tar", *BAD.values())
+    with pytest.raises(ShardError, match="none of the 6 samples"):
+        list(stream(shard, decode_caption_sample, on_error="skip"))
+
+
+def test_a_value_error_of_any_decoder_is_a_bad_sample_and_a_bug_is_a_bug(tmp_path):
+    shard = write_samples(tmp_path / "x.tar", GOOD)
+    with pytest.raises(SampleError, match=r"x.tar: sample 's0': invalid literal"):
+        list(stream(shard, lambda raw: int(raw["txt"])))
+    with pytest.raises(KeyError):
+        list(stream(shard, lambda raw: raw["nothing"], on_error="skip"))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_stop_iteration_in_a_decoder_does_not_end_the_epoch_silently(on_error, tmp_path):
+    shard = write_samples(tmp_path / "x.tar", GOOD, GOOD)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(stream(shard, lambda raw: next(iter(())), on_error=on_error))
+
+
+class Payload:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("extension", ["pkl", "pyd", "pickle", "pth", "pt", "b.jpg"])
+def test_pickled_members_are_refused_and_never_run(extension, tmp_path):
+    hit = tmp_path / "hit"
+    data = pickle.dumps(Payload(hit))
+    shard = write_samples(tmp_path / "x.tar", {**GOOD, extension: data})
+    with pytest.raises(SampleError, match=f"'s0' has members .'{extension}'.; only") as error:
+        list(stream(shard, decode_caption_sample))
+    assert error.value.kind == "refused member"
+    lenient = stream(shard, decode_caption_sample, on_error="skip")
+    assert [sample["captions"] for sample in lenient] == [["a red square"]]
+    assert lenient.skipped == {"refused member": 1}
+    assert list(stream(shard, set, on_error="skip")) == [
+        {"png", "txt", "__key__", "__shard__", "__seed__"}
+    ]
+    assert not hit.exists()
+    pickle.loads(data)
+    assert hit.exists()
+
+
+def test_a_pickle_inside_npy_is_never_run(tmp_path):
+    hit = tmp_path / "hit"
+    array = np.empty(1, object)
+    array[0] = Payload(hit)
+    data = array_bytes(array, allow_pickle=True)
+    shard = write_samples(tmp_path / "x.tar", {"npy": data, "txt": b"x"})
+    with pytest.raises(SampleError, match="npy: Object arrays cannot be loaded"):
+        list(stream(shard, decode_caption_sample))
+    assert not hit.exists()
+
+
+# --- decoding
+
+
+def decode(rng=None, transform=None, **members: bytes) -> dict:
+    raw = {"__key__": "k", "__shard__": "s.tar", "png": picture(), **members}
+    return decode_caption_sample(raw, rng=rng, transform=transform)
+
+
+def as_json(**content) -> bytes:
+    return json.dumps(content).encode()
+
+
+def test_the_fullest_source_of_captions_wins():
+    assert decode(txt=b" text\n")["captions"] == ["text"]
+    assert decode(txt=b"text", json=as_json(caption="one"))["captions"] == ["one"]
+    both = as_json(caption="one", captions=["two", " ", "three", None])
+    assert decode(txt=b"text", json=both)["captions"] == ["two", "three"]
+    assert decode(txt=b"text", json=as_json(captions=[], caption=None))["captions"] == ["text"]
+
+
+def test_meta_image_and_transform():
+    sample = decode(txt=b"x", json=as_json(id=3))
+    assert sample["meta"] == {"id": 3}
+    assert sample["image"].mode == "RGB"
+    assert decode(txt=b"x", transform=lambda image: image.size)["image"] == (4, 4)
+
+
+def test_features_take_the_place_of_the_picture():
+    array = np.arange(6, dtype=np.float16).reshape(2, 3)
+    sample = decode(txt=b"x", npy=array_bytes(array))
+    assert "image" not in sample
+    torch.testing.assert_close(sample["features"], torch.from_numpy(array))
+
+
+def test_rng_shuffles_the_captions_reproducibly():
+    captions = as_json(captions=list("abcdef"))
+    first = {decode(rng=random.Random(seed), json=captions)["captions"][0] for seed in range(40)}
+    assert first == set("abcdef")
+    again = [decode(rng=random.Random("seed"), json=captions)["captions"] for _ in range(2)]
+    assert again[0] == again[1]
+    assert sorted(again[0]) == list("abcdef")
