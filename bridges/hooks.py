@@ -1,13 +1,13 @@
 """Puts a bridge's layers into a frozen LM through public PyTorch hooks, and takes them out."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bridges.condition import Condition
-from bridges.contract import LayerInsert
+from bridges.contract import LayerInsert, Site
 from bridges.sites import decoder_sites
 
 
@@ -36,6 +36,10 @@ class DecoderHooks:
                     f"found an insert for layer {insert.layer}; expected 0 to {num_layers - 1}: "
                     f"this LM has {num_layers} layers"
                 )
+            if insert.site not in get_args(Site):
+                raise ValueError(
+                    f"found site {insert.site!r}; expected one of {', '.join(get_args(Site))}"
+                )
         decoder = lm.get_submodule(sites.decoder)
         self._handles.append(decoder.register_forward_pre_hook(self._locate, with_kwargs=True))
         for insert in inserts:
@@ -63,20 +67,16 @@ class DecoderHooks:
 
             target = lm.get_submodule(block.format(i=insert.layer))
             return target.register_forward_pre_hook(rewrite_input, with_kwargs=True)
-        if insert.site == "attention_output":
 
-            def rewrite_output(_: nn.Module, args: tuple[Any, ...], output: Any):
-                if self.condition is None:
-                    return None
-                if isinstance(output, tuple):
-                    return (self._apply(insert, output[0]), *output[1:])
-                return self._apply(insert, output)
+        def rewrite_output(_: nn.Module, args: tuple[Any, ...], output: Any):
+            if self.condition is None:
+                return None
+            if isinstance(output, tuple):
+                return (self._apply(insert, output[0]), *output[1:])
+            return self._apply(insert, output)
 
-            target = lm.get_submodule(attention.format(i=insert.layer))
-            return target.register_forward_hook(rewrite_output)
-        raise ValueError(
-            f"found site {insert.site!r}; expected 'layer_input' or 'attention_output'"
-        )
+        target = lm.get_submodule(attention.format(i=insert.layer))
+        return target.register_forward_hook(rewrite_output)
 
     def _apply(self, insert: LayerInsert, hidden: Tensor) -> Tensor:
         assert self.condition is not None

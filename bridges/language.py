@@ -38,7 +38,7 @@ def add_image_token(tokenizer: Any, token: str = IMAGE_TOKEN) -> int:
     take its place, so the id may lie past the end of the embedding.
     """
     if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+        tokenizer.add_tokens([token], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(token)
 
 
@@ -99,7 +99,10 @@ class LanguageModel(Frozen):
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             _zero_dropout(self.model)
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5; the old name warns.
+            name = "activation_checkpointing_enable"
+            enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.train()
 
     @classmethod

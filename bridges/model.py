@@ -161,12 +161,15 @@ class VisionLanguageModel(nn.Module):
         options.setdefault("eos_token_id", self.lm.tokenizer.eos_token_id)
         if self.lm.image_token_id < self._vocabulary():
             options.setdefault("suppress_tokens", [self.lm.image_token_id])
+        training = self.lm.model.training
+        self.lm.train(False)  # in training mode HF gives a checkpointed block no cache
         try:
             return self.lm.model.generate(
                 inputs_embeds=embeddings, attention_mask=attention_mask.long(), **options
             )
         finally:
             self.hooks.condition = None
+            self.lm.train(training)
 
     def prompt_encoder(self, max_completion: int = 64) -> PromptEncoder:
         """The encoder of prompts for this LM and this bridge."""
@@ -208,7 +211,11 @@ class VisionLanguageModel(nn.Module):
         output = self.bridge(self._matched(vision), text)
         embeddings = self._fill(input_ids, output, vision)
         self._condition(input_ids, output, vision)
-        return output, self.lm.hidden(embeddings, attention_mask)
+        hidden = self.lm.hidden(embeddings, attention_mask)
+        if not torch.is_grad_enabled():
+            # Kept for backward only: the LM, used on its own or by another bridge, is unchanged.
+            self.hooks.condition = None
+        return output, hidden
 
     def _matched(self, vision: VisionFeatures) -> VisionFeatures:
         """Checks the features against the encoder that the bridge was built for."""
@@ -219,8 +226,11 @@ class VisionLanguageModel(nn.Module):
                 "this model's encoder: these features come from another encoder, cache them again"
             )
         parameter = next(self.bridge.parameters())
+        image_mask = vision.image_mask.to(parameter.device)
         patches = vision.patches.to(parameter.device, parameter.dtype)
-        return VisionFeatures(patches, vision.image_mask.to(parameter.device), vision.grid)
+        # A padding image may hold anything, and NaN would pass through every mask further on.
+        patches = patches.masked_fill(~image_mask[..., None, None], 0.0)
+        return VisionFeatures(patches, image_mask, vision.grid)
 
     def _fill(
         self, input_ids: Tensor, output: BridgeOutput, vision: VisionFeatures, room: int = 0

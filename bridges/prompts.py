@@ -68,7 +68,10 @@ class PromptEncoder:
         tails: list[list[int]] = [[] for _ in prompts]
         truncated = 0
         if completions is not None:
-            ends = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+            # A caption is data: "<image>" in it is text, not a placeholder without an image.
+            ends = self.tokenizer(
+                list(completions), add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
             truncated = sum(len(end) + 1 > self.max_completion for end in ends)
             eos = self.tokenizer.eos_token_id
             tails = [[*end[: self.max_completion - 1], eos] for end in ends]

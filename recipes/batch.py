@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bridges import PromptEncoder, TextBatch, VisionEncoder, VisionFeatures
 from bridges.vision import Preprocess
-from recipes.stream import decode_caption_sample
+from recipes.samples import decode_caption_sample
 
 
 @dataclass(frozen=True)

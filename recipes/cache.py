@@ -13,8 +13,10 @@ from rich.progress import Progress
 
 from bridges import VisionEncoder
 from bridges.images import open_image
-from recipes.shards import write_shards
-from recipes.stream import IMAGE_EXTENSIONS, ShardStream, expand_shards, shard_digest
+from recipes.samples import image_extension
+from recipes.shard_files import expand_shards, shard_digest
+from recipes.shard_writer import write_shards
+from recipes.stream import ShardStream
 
 FEATURES_FILE = "features.json"
 PATTERN = "features-*.tar"
@@ -106,7 +108,7 @@ def _encoded(
     paths: Sequence[Path], encoder: VisionEncoder, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     def keep(raw: dict[str, Any]) -> dict[str, Any]:
-        picture = next(raw[e] for e in IMAGE_EXTENSIONS if e in raw)
+        picture = raw[image_extension(raw)]
         text = {k: raw[k].decode() for k in ("txt",) if k in raw}
         meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
         return {

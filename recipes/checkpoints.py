@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 LAST = Path("checkpoints/last.ckpt")
@@ -38,3 +40,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Loads tensors and plain values only, whatever the caller asks for."""
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class LastCheckpoint(Callback):
+    """Keeps one checkpoint to resume from: every n steps, and after the last batch of an epoch.
+
+    Lightning's ModelCheckpoint, when it saves as training ends in mid-epoch, notes the epoch as
+    complete; a run resumed from there would leave out the rest of it.
+
+    Args:
+        path: of the checkpoint, replaced each time.
+        every: optimiser steps between checkpoints.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path = path
+        self.every = every
+        self._saved_at = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves where due."""
+        step = trainer.global_step
+        last = step == trainer.max_steps or trainer.is_last_batch
+        due = last or (step % self.every == 0 and step != self._saved_at)
+        if due and step:
+            trainer.save_checkpoint(self.path)
+            self._saved_at = step

@@ -12,38 +12,55 @@ from torch.utils.data import DataLoader
 from bridges import VisionLanguageModel
 from recipes.batch import CaptionBatch, CaptionCollator, CaptionDecoder
 from recipes.cache import cache_features, check_cached
-from recipes.stream import ShardStream, expand_shards
+from recipes.shard_files import expand_shards
+from recipes.stream import ShardStream
 
 HELD_OUT_SPLITS = ("val", "dev", "test")
 
 
 class SizedLoader(DataLoader[CaptionBatch]):
-    """A loader over a `ShardStream` that knows its length and may start in mid-epoch.
+    """A loader over a `ShardStream` that knows its length and its place in the epoch.
 
-    Lightning restores no position of a plain loader: it would begin the epoch again.
+    Lightning saves and restores the state of a loader that has one; a plain loader would begin
+    the epoch again.
 
     Args:
-        stream: the samples.
+        stream: the samples, its epoch set.
         batch_size: per rank.
         batches: length of the whole epoch.
-        start: batches of it that are done already.
         **options: of `DataLoader`.
     """
 
     def __init__(
-        self, stream: ShardStream[Any], batch_size: int, batches: int, start: int, **options: Any
+        self, stream: ShardStream[Any], batch_size: int, batches: int, **options: Any
     ) -> None:
         super().__init__(stream, batch_size, **options)
+        self.stream = stream
         self.batches = batches
-        # Workers take turns: each has done the same number of batches, but for the last round.
-        rounds, self.dropped = divmod(start, max(self.num_workers, 1))
-        stream.skip(rounds * batch_size)
+        self.done = 0
+        self._start = 0
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[CaptionBatch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return itertools.islice(super().__iter__(), self.dropped, None)
+        start, self._start = self._start, 0
+        # Workers take turns: each has done the same number of batches, but for the last round.
+        rounds, dropped = divmod(start, max(self.num_workers, 1))
+        self.stream.skip(rounds * (self.batch_size or 1))
+        self.done = start
+        for batch in itertools.islice(super().__iter__(), dropped, None):
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the batches of it that were handed out."""
+        return {"epoch": self.stream.epoch, "batches": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Starts the epoch after the batches that are done; another epoch starts at its start."""
+        if state["epoch"] == self.stream.epoch:
+            self._start = state["batches"]
 
 
 class CaptionData(L.LightningDataModule):
@@ -85,7 +102,6 @@ class CaptionData(L.LightningDataModule):
         self.on_error: Literal["raise", "skip"] = on_error
         self.seed = seed
         self.source_shards = [*self.train_shards, *self.held_out_shards]
-        self._resume: dict[str, int] = {}
         self._train: ShardStream[Any] | None = None
 
     def connect(self, model: VisionLanguageModel) -> None:
@@ -106,9 +122,7 @@ class CaptionData(L.LightningDataModule):
     def train_dataloader(self) -> SizedLoader:
         """The rest of the current epoch; asked for anew before each."""
         assert self.trainer is not None and self._train is not None
-        epoch = self.trainer.current_epoch
-        start = self._resume.get("batches", 0) if self._resume.get("epoch") == epoch else 0
-        self._train.set_epoch(epoch)
+        self._train.set_epoch(self.trainer.current_epoch)
         batches = self._train.num_batches(
             self.batch_size,
             world_size=self.trainer.world_size,
@@ -121,7 +135,7 @@ class CaptionData(L.LightningDataModule):
                 f"{self.trainer.world_size} ranks × {max(1, self.num_workers)} workers; expected "
                 "at least one batch each: lower data.batch_size or data.num_workers"
             )
-        return self._loader(self._train, self.num_workers, batches, start, drop_last=True)
+        return self._loader(self._train, self.num_workers, batches, drop_last=True)
 
     def val_dataloader(self) -> SizedLoader | list[Any]:
         """The held-out pictures, in order; none if there are no held-out shards."""
@@ -130,17 +144,7 @@ class CaptionData(L.LightningDataModule):
         stream = self._stream(self.held_out_shards, training=False)
         world_size = self.trainer.world_size if self.trainer is not None else 1
         batches = stream.num_batches(self.batch_size, world_size=world_size)
-        return self._loader(stream, 0, batches, 0, drop_last=False)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where training stands: epoch and batches of it that are done."""
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"epoch": self.trainer.current_epoch, "batches": progress.processed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Takes the position up; the stream then starts after the batches that are done."""
-        self._resume = state_dict
+        return self._loader(stream, 0, batches, drop_last=False)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -158,7 +162,7 @@ class CaptionData(L.LightningDataModule):
         )
 
     def _loader(
-        self, stream: ShardStream[Any], workers: int, batches: int, start: int, *, drop_last: bool
+        self, stream: ShardStream[Any], workers: int, batches: int, *, drop_last: bool
     ) -> SizedLoader:
         collate = CaptionCollator(
             self._model.prompt_encoder(self.max_caption_tokens),
@@ -169,7 +173,6 @@ class CaptionData(L.LightningDataModule):
             stream,
             self.batch_size,
             batches,
-            start,
             num_workers=workers,
             collate_fn=collate,
             drop_last=drop_last,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bridges import VisionFeatures, VisionLanguageModel, caption_features
 from recipes.batch import CaptionBatch
-from recipes.scenes import score
+from recipes.scene_captions import score
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """One Lightning module for every generative bridge."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 import lightning as L
@@ -32,6 +35,9 @@ class OptimizerOptions:
         warmup_steps: optimiser steps from 0 to `lr`.
         betas: of Adam; BLIP-2's by default.
         weight_decay: on matrices only; biases, norms and gates have none.
+        lr_scale: factor on the learning rate of the parameters whose names match a pattern.
+            ``{"*_gate": 20}`` opens zero-initialised gates in a short run: Adam moves a scalar
+            by about one learning rate a step, and until it has, its block learns nothing.
     """
 
     lr: float = 1e-4
@@ -39,6 +45,7 @@ class OptimizerOptions:
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
 
 class CaptionModule(L.LightningModule):
@@ -105,13 +112,15 @@ class CaptionModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters; the schedule steps with the optimiser."""
         options = self.optimizer_options
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decay = options.weight_decay if parameter.ndim >= 2 else 0.0
+                groups[options.lr * _scale(name, options.lr_scale), decay].append(parameter)
         optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+            [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()],
+            lr=options.lr,
+            betas=options.betas,
         )
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
@@ -144,3 +153,7 @@ class CaptionModule(L.LightningModule):
         check_fingerprints(
             checkpoint.get("fingerprints", {}), self.vlm.vision, self.vlm.lm, "this checkpoint"
         )
+
+
+def _scale(name: str, scales: Mapping[str, float]) -> float:
+    return next((scale for pattern, scale in scales.items() if fnmatch(name, pattern)), 1.0)

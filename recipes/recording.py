@@ -16,7 +16,7 @@ from bridges import RunSpec, save_run
 from recipes.batch import CaptionBatch
 from recipes.data import CaptionData
 from recipes.module import CaptionModule
-from recipes.stream import shard_digest
+from recipes.shard_files import shard_digest
 
 PACKAGES = (
     "bridges",
@@ -31,6 +31,8 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
 )
+
+PROVENANCE_FILE = "provenance.json"
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +93,27 @@ class RunRecorder(Callback):
             "frozen_parameters": count_parameters(pl_module, trainable=False),
             "shards": {str(p): shard_digest(p) for p in data.source_shards},
         }
-        text = json.dumps(provenance, indent=2)
-        (self.folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
+        self._write(provenance)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The bridge itself, and the samples that were skipped."""
         assert isinstance(pl_module, CaptionModule)
         if trainer.is_global_zero:
             save_run(self.folder, pl_module.vlm, self.spec)
+            written = json.loads((self.folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+            seconds = round(time.perf_counter() - self._start, 1)
+            self._write(written | {"steps": trainer.global_step, "seconds": seconds})
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data.skipped:
             logger.warning("skipped samples by kind: %s", data.skipped)
+
+    def _write(self, provenance: dict[str, Any]) -> None:
+        text = json.dumps(provenance, indent=2)
+        (self.folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def count_parameters(module: L.LightningModule, *, trainable: bool) -> int:

@@ -14,8 +14,7 @@ learned rather than for what was memorised.
 import hashlib
 import io
 import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from recipes.scene_captions import caption
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
 
 IMAGE_SIZE = 224
@@ -59,19 +59,6 @@ class Scene:
     relation: str | None
     colour: str
     ground: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """What a caption claims; None for what it does not say.
-
-    `objects` are noun phrases in order of mention: known names, or the raw phrase where no known
-    name is in it, so that an invented object still counts as a wrong one.
-    """
-
-    objects: tuple[str, ...] | None
-    relation: str | None
-    colour: str | None
 
 
 def generate(
@@ -132,56 +119,6 @@ def scene_samples(
             "boxes": [list(placed.box) for placed in scene.objects],
         }
         yield {"__key__": f"{split}-{k:06d}", "jpg": jpg.getvalue(), "txt": text, "json": meta}
-
-
-def caption(scene: Scene) -> str:
-    """The one caption of a scene."""
-    phrases = [_with_article(placed.name) for placed in scene.objects]
-    return f"{f' {scene.relation} '.join(phrases)} on {_with_article(scene.colour)} background"
-
-
-def parse_caption(text: str) -> Parsed:
-    """Reads a caption back, tolerating what a half-trained LM writes.
-
-    Only the first line and sentence count. Parts that are missing or unknown come back as None,
-    except unknown objects (see `Parsed`).
-    """
-    sentence = re.split(r"[.\n]", text.strip().lower(), maxsplit=1)[0]
-    things, *ground = re.split(r"\bon\b", sentence, maxsplit=1)
-    colour = next((word for word in _words("".join(ground)) if word in GROUND_COLOURS), None)
-    relation = re.search("|".join(rf"\b{phrase}\b" for phrase in INVERSE_RELATION), things)
-    objects: list[str] = []
-    for phrase in re.split(re.escape(relation[0]), things, maxsplit=1) if relation else [things]:
-        known = [word for word in _words(phrase) if word in CODE_POINTS]
-        objects += known or [" ".join(_words(phrase))]
-    objects = [name for name in objects if name]
-    return Parsed(tuple(objects) or None, relation[0] if relation else None, colour)
-
-
-def score(generated: str, scene_meta: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Judges a generated caption against a sample's json, part by part.
-
-    Args:
-        generated: What the model wrote.
-        scene_meta: "objects", "relation" and "colour" as `scene_samples` writes them.
-
-    Returns:
-        object: Exactly the right objects, in any order.
-        relation: The right relation, or its inverse with the objects named in the other order.
-            Where the objects are wrong, the phrase alone is compared. None for a single object.
-        colour: The right ground colour.
-    """
-    said = parse_caption(generated)
-    true_objects, true_relation = tuple(scene_meta["objects"]), scene_meta["relation"]
-    # Sorted, not sets: two cats are not one cat.
-    objects_right = sorted(said.objects or ()) == sorted(true_objects)
-    named_in_other_order = objects_right and said.objects != true_objects
-    expected = INVERSE_RELATION[true_relation] if named_in_other_order else true_relation
-    return {
-        "object": objects_right,
-        "relation": None if true_relation is None else said.relation == expected,
-        "colour": said.colour == scene_meta["colour"],
-    }
 
 
 def is_held_out(names: Sequence[str], colour: str) -> bool:
@@ -248,14 +185,6 @@ def _pair_boxes(rng: random.Random, relation: str) -> list[tuple[int, int, int, 
     if relation in ("above", "below"):
         return [(left, top, right, bottom) for top, bottom, left, right in boxes]
     return [(left, top, right, bottom) for left, right, top, bottom in boxes]
-
-
-def _words(phrase: str) -> list[str]:
-    return [word for word in re.findall(r"\w+", phrase) if word not in ("a", "an", "the")]
-
-
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 @lru_cache(maxsize=512)

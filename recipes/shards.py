@@ -1,42 +1,27 @@
-"""Shards written: webdataset ``.tar`` files in the img2dataset/COCO convention.
+"""Shards made of a folder of pictures and its captions, in the img2dataset/COCO convention.
 
-A sample is ``key.jpg`` (or png, webp, npy) beside ``key.txt`` (its first caption) and
-``key.json`` (all of them). The same samples give the same bytes. All of a set's shards appear
-together once the last is complete, or none does.
+A sample is ``key.jpg`` (or png, webp) beside ``key.txt`` (its first caption) and ``key.json``
+(all of them). The same pictures and captions give the same bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import json
-import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from webdataset.writer import TarWriter
 
 from bridges.images import ImageError, open_image
 from recipes.captions_files import CaptionRow, read_captions, scan_folder
-from recipes.stream import EXTENSIONS, shard_digest
-
-MANIFEST = "shards.json"
-
-# No dots: what follows the first is the extension. Shards are copied too (see the feature cache),
-# so whatever other keys webdataset reads are keys here.
-_KEY = re.compile(r"[^./\\\0][^.\\\0]*")
-_SPLIT = re.compile(r"[A-Za-z0-9_]+")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
+from recipes.shard_writer import SPLIT_NAME, ShardSet
 
 
 @dataclass(frozen=True)
@@ -59,34 +44,6 @@ class ShardReport:
         for shard in self.shards:
             counts[shard["split"]] += shard["samples"]
         return dict(counts)
-
-
-def write_shards(
-    samples: Iterable[Mapping[str, str | bytes | dict[str, Any]]],
-    out: Path,
-    split: str,
-    *,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Writes ``out/split-000000.tar`` and on; all of them, or on any failure none.
-
-    Args:
-        samples: Each with ``__key__`` (without dots; unique) and its
-            members: bytes for jpg, jpeg, png, webp, npy; a string for txt; a dict for json.
-        out: The folder; made when it does not exist.
-        split: The first part of the shards' names.
-        samples_per_shard: All shards but the last hold this many.
-        overwrite: Replace this split's shards if there are any.
-
-    Raises:
-        ValueError: No samples, a bad or repeated key, a member of another kind, or the split's
-            shards exist and ``overwrite`` is not set.
-    """
-    with _ShardSet(out, samples_per_shard, overwrite, only=split) as shards:
-        for sample in samples:
-            shards.add(split, sample)
-        return [out / shard["name"] for shard in shards.commit()]
 
 
 def build_shards(
@@ -125,7 +82,7 @@ def build_shards(
         raise ValueError(f"no folder of images at {images}: check the path")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; expected 0 or more and less than 1")
-    with _ShardSet(out, samples_per_shard, overwrite) as shards:
+    with ShardSet(out, samples_per_shard, overwrite) as shards:
         rows = read_captions(captions, format) if captions else scan_folder(images)
         skipped: dict[str, list[str]] = {}
         pictures = _group_by_image(rows, skipped)
@@ -221,7 +178,7 @@ def _problem(row: CaptionRow, name: str, caption: str, picture: _Picture | None)
         return "not valid Unicode"
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         return "path outside the folder"
-    if row.split and not _SPLIT.fullmatch(row.split):
+    if row.split and not SPLIT_NAME.fullmatch(row.split):
         return "bad split name"
     if not caption:
         return "empty caption"
@@ -260,182 +217,3 @@ def _track(pictures: list[_Picture], show: bool) -> Iterable[_Picture]:
     columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         yield from bar.track(pictures)
-
-
-class _ShardSet:
-    """Shards of several splits under temporary names, until :meth:`commit` renames them all."""
-
-    def __init__(
-        self, out: Path, samples_per_shard: int, overwrite: bool, only: str | None = None
-    ) -> None:
-        if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
-        self.out, self.samples_per_shard = out, samples_per_shard
-        self.keys: set[str] = set()
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; expected a folder for the shards: name another")
-        found = sorted(out.glob("*.tar")) if out.exists() else []
-        self._replaced = [
-            shard
-            for shard in found
-            if _SHARD_NAME.fullmatch(shard.name)
-            and only in (None, shard.name[: -len("-000000.tar")])
-        ]
-        if self._replaced and not overwrite:
-            raise ValueError(
-                f"{out} already holds {len(self._replaced)} shards, e.g. "
-                f"{self._replaced[0].name}; expected none: name another folder, or pass overwrite"
-            )
-        self._made_out = not out.exists()
-        self._shards: dict[str, list[_TarFile]] = {}
-
-    def __enter__(self) -> _ShardSet:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Removes whatever :meth:`commit` has not renamed."""
-        for shard in (shard for shards in self._shards.values() for shard in shards):
-            shard.discard()
-        if self._made_out and self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
-
-    def free_key(self, name: str) -> str:
-        """A key made of a picture's name that no sample has yet."""
-        stem = str(PurePosixPath(name).with_suffix(""))
-        key = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)
-        if len(key) > 80 or key in self.keys:
-            key = f"{key[:64]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        return key
-
-    def add(self, split: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> None:
-        key = sample.get("__key__")
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
-            raise ValueError(
-                f"the key {key!r} of a sample; expected text without dots and backslashes, "
-                f"not beginning with a slash"
-            )
-        if key in self.keys:
-            raise ValueError(f"two samples have the key {key!r}; expected unique keys")
-        encoded = {"__key__": key, **_encode(key, sample)}
-        self.keys.add(key)
-        shards = self._shards.setdefault(split, [])
-        if not shards or shards[-1].samples == self.samples_per_shard:
-            if shards:
-                shards[-1].close()
-            elif not _SPLIT.fullmatch(split):
-                raise ValueError(f"split is {split!r}; expected letters, digits and _")
-            shards.append(_TarFile(self.out, f"{split}-{len(shards):06d}.tar"))
-        shards[-1].write(encoded)
-
-    def commit(self, manifest: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Renames every shard into place; then writes the manifest, if one is given."""
-        if not self.keys:
-            raise ValueError("no samples to write; expected at least one")
-        written = []
-        for split, shards in self._shards.items():
-            for shard in shards:
-                shard.close()
-                written.append(shard.describe(split))
-        # From here on an old manifest would describe shards that are gone.
-        (self.out / MANIFEST).unlink(missing_ok=True)
-        for shards in self._shards.values():
-            for shard in shards:
-                os.replace(shard.temporary, self.out / shard.name)
-        for old in self._replaced:
-            if old.name not in {shard["name"] for shard in written}:
-                old.unlink()
-        if manifest is not None:
-            _write_json(self.out / MANIFEST, {"shards": written, **manifest})
-        _sync_folder(self.out)
-        return written
-
-
-class _TarFile:
-    """One shard under its temporary name, in the folder it will stay in."""
-
-    def __init__(self, out: Path, name: str) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.name, self.samples = name, 0
-        self.temporary = out / f".{name}.partial"
-        self._file: IO[bytes] = self.temporary.open("wb")
-        # Time and owner fixed, or the same samples would give other bytes; encoder=False, or
-        # webdataset would pickle some types; pax, for names above 100 bytes.
-        self._tar = TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
-
-    def write(self, sample: Mapping[str, Any]) -> None:
-        self._tar.write(dict(sample))
-        self.samples += 1
-
-    def close(self) -> None:
-        """Completes the file and waits until the disk has it."""
-        if not self._file.closed:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def discard(self) -> None:
-        # Closing writes, and on a full disk fails; the first error is the one to be seen.
-        with contextlib.suppress(OSError):
-            self._tar.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self.temporary.unlink(missing_ok=True)
-
-    def describe(self, split: str) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "split": split,
-            "samples": self.samples,
-            "bytes": self.temporary.stat().st_size,
-            "sha256": shard_digest(self.temporary),
-        }
-
-
-def _encode(key: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> dict[str, bytes]:
-    encoded: dict[str, bytes] = {}
-    for extension, member in sample.items():
-        if extension == "__key__":
-            continue
-        if extension not in EXTENSIONS:
-            raise ValueError(
-                f"sample {key!r} has the member {extension!r}; expected {sorted(EXTENSIONS)}"
-            )
-        if extension == "json" and isinstance(member, dict):
-            encoded[extension] = json.dumps(member, ensure_ascii=False, sort_keys=True).encode()
-        elif extension == "txt" and isinstance(member, str):
-            encoded[extension] = member.encode()
-        elif extension not in ("txt", "json") and isinstance(member, bytes):
-            encoded[extension] = member
-        else:
-            raise ValueError(
-                f"sample {key!r}: {extension} is a {type(member).__name__}; expected a string for "
-                f"txt, a dict for json, bytes for the others"
-            )
-    if not encoded:
-        raise ValueError(f"sample {key!r} has no members; expected a picture and a caption")
-    return encoded
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames themselves last through a power cut, where the system offers it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,189 +9,26 @@ leave over up to a shard each, and none at all when shards are fewer than consum
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import io
 import itertools
-import json
 import logging
 import os
 import random
-import re
-import tarfile
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 import webdataset as wds
-from braceexpand import braceexpand
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from bridges.images import ImageError, open_image
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "npy", "txt", "json"))
-"""The members that are read. ``cls`` is passed over; any other is refused, unopened."""
+from recipes.samples import EXTENSIONS, SampleError
+from recipes.shard_files import ShardError, expand_shards, read_samples, sample_offsets
 
 _PASSED_OVER = frozenset(("cls",))
-# webdataset passes over metadata members of this form; a scan must count as it reads.
-_METADATA = re.compile(r"__[^/]*__($|/)")
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class ShardError(ValueError):
-    """A shard that is missing, truncated or ambiguous; never skipped."""
-
-
-class SampleError(ValueError):
-    """One sample that cannot be used. ``kind`` is what such samples are counted by."""
-
-    # One argument suffices: a DataLoader worker's exception is rebuilt from its message alone.
-    def __init__(self, message: str, *, kind: str = "unreadable sample") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Finds the shards that a specification names; local files only.
-
-    Args:
-        spec: A path, a brace expression (``train-{000000..000007}.tar``), a glob, a folder (all
-            its ``*.tar``), or a sequence of these.
-
-    Returns:
-        The shards, in the order named; a glob and a folder in the order of names.
-
-    Raises:
-        ShardError: A URL or ``pipe:``, a pattern without a match, missing files (each is
-            named), a shard named twice.
-    """
-    shards: list[Path] = []
-    missing: list[str] = []
-    for part in [spec] if isinstance(spec, (str, Path)) else spec:
-        for name in _expand_braces(str(part)):
-            found = _expand_name(name)
-            shards.extend(found)
-            if not found:
-                missing.append(name)
-    if missing or not shards:
-        named = ", ".join(missing[:10]) or repr(spec)
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ShardError(
-            f"no shards at {named}{more}; expected .tar files, a folder of them, a glob or "
-            f"{{000000..000007}}: check the path, or make shards with 'bridges shards'"
-        )
-    twice = [str(shard) for shard, count in Counter(shards).items() if count > 1]
-    if twice:
-        raise ShardError(f"named more than once: {', '.join(twice[:10])}; name each shard once")
-    return shards
-
-
-def _expand_braces(name: str) -> list[str]:
-    # webdataset would run "pipe:" in a shell and hand a URL to curl.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-        raise ShardError(
-            f"{name!r} is a URL or a command; expected local files: download the shards first "
-            f"(a local name with a colon is written ./name)"
-        )
-    if Path(name).expanduser().exists():
-        return [name]
-    try:
-        return list(braceexpand(name, escape=False))
-    except ValueError as error:
-        raise ShardError(f"{name!r} has unbalanced braces; expected e.g. {{0..7}}") from error
-
-
-def _expand_name(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return sorted(path.glob("*.tar"))
-    if path.is_file():
-        return [path]
-    if glob.has_magic(name):
-        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return [match for match in found if match.is_file()]
-    return []
-
-
-def shard_digest(shard: Path) -> str:
-    """The SHA-256 of a shard's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with shard.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def count_samples(shard: Path) -> int:
-    """Counts the samples of a shard by its tar headers; checks it as :class:`ShardStream` does."""
-    return len(_sample_offsets(shard))
-
-
-def _sample_offsets(shard: Path) -> array[int]:
-    """Where each sample's first header stands, in bytes.
-
-    Raises:
-        ShardError: Unreadable or truncated (an archive cut between two members looks whole to
-            a streaming reader, which then loses the rest silently), a key or a member that
-            occurs twice, a link or device.
-    """
-    offsets: array[int] = array("Q")
-    keys: set[str] = set()
-    members: set[tuple[str, str]] = set()
-    current = None
-    try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isdir() or _METADATA.match(member.name):
-                    continue
-                if not member.isreg():
-                    raise ShardError(
-                        f"{shard}: member {member.name!r} is a link or device; expected plain "
-                        f"files: rewrite the shard with the files themselves"
-                    )
-                key, extension = base_plus_ext(member.name)
-                if key is None or extension is None:  # README, .DS_Store: no sample's
-                    continue
-                if (key, extension.lower()) in members or (key != current and key in keys):
-                    raise ShardError(
-                        f"{shard}: key {key!r} occurs twice (at {member.name!r}); expected each "
-                        f"sample's members once and side by side: rewrite the shard"
-                    )
-                members.add((key, extension.lower()))
-                if key != current:
-                    keys.add(key)
-                    offsets.append(member.offset)
-                    current = key
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ShardError(
-                    f"{shard}: truncated or damaged after {len(offsets)} samples (no end-of-"
-                    f"archive mark at byte {tar.offset:,}); copy or write it again"
-                )
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ShardError(
-            f"{shard}: not a complete, uncompressed tar file ({error}); copy or write it again"
-        ) from error
-    return offsets
-
-
-def _read_samples(shard: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The samples of a shard from the byte ``offset`` on, members as raw bytes.
-
-    webdataset is handed an open file, never a name: there is nothing it could run or fetch.
-    """
-    with shard.open("rb") as file:
-        file.seek(offset)
-        yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": file}]))
 
 
 class ShardStream(IterableDataset[T]):
@@ -245,7 +82,7 @@ class ShardStream(IterableDataset[T]):
         self._noted: set[tuple[str, str, str]] = set()
         self._skip = 0
         self._ranks: tuple[int, int] | None = None
-        self._offsets = [_sample_offsets(shard) for shard in self.shards]
+        self._offsets = [sample_offsets(shard) for shard in self.shards]
         self.total_samples = sum(len(offsets) for offsets in self._offsets)
         if not self.total_samples:
             raise ShardError(f"no samples in {len(self.shards)} shards, e.g. {self.shards[0]}")
@@ -369,7 +206,7 @@ class ShardStream(IterableDataset[T]):
                 position -= len(offsets)
                 continue
             take = min(length, len(offsets) - position)
-            samples = _read_samples(self.shards[index], offsets[position])
+            samples = read_samples(self.shards[index], offsets[position])
             for _ in range(take):
                 sample = next(samples, None)
                 if sample is None:
@@ -430,80 +267,3 @@ def _distributed_ranks() -> tuple[int, int]:
             f"both, before reading, or every rank would read the same samples"
         )
     return int(os.environ.get("RANK", 0)) if world_size > 1 else 0, world_size
-
-
-def decode_caption_sample(
-    raw: Mapping[str, Any],
-    *,
-    transform: Callable[[Image.Image], Any] | None = None,
-    rng: random.Random | None = None,
-) -> dict[str, Any]:
-    """Turns a raw sample into a picture (or its cached features) and its captions.
-
-    Args:
-        raw: Extension → bytes, as :class:`ShardStream` gives it.
-        transform: Applied to the RGB picture.
-        rng: When given, the captions come in random order, so that the first is a random one.
-
-    Returns:
-        ``key``; ``features`` (a tensor, from ``npy``) or else ``image``; ``captions``, from the
-        JSON's ``captions``, else its ``caption``, else ``txt``; ``meta``, the JSON itself.
-
-    Raises:
-        SampleError: Neither picture nor features, no caption, or a member that cannot be
-            decoded; names the shard and the key.
-    """
-    meta = _read_meta(raw)
-    captions = _read_captions(raw, meta)
-    if rng is not None:
-        rng.shuffle(captions)
-    sample = {"key": raw["__key__"], "captions": captions, "meta": meta}
-    if "npy" in raw:
-        try:
-            features = np.lib.format.read_array(io.BytesIO(raw["npy"]), allow_pickle=False)
-            return {**sample, "features": torch.from_numpy(features)}
-        except (ValueError, TypeError, MemoryError) as error:
-            raise _sample_error(raw, "unreadable features", f"npy: {error}") from error
-    extension = next((name for name in IMAGE_EXTENSIONS if name in raw), None)
-    if extension is None:
-        wanted = f"expected one of {', '.join(IMAGE_EXTENSIONS)}, npy"
-        raise _sample_error(raw, "missing image", f"no picture; {wanted}")
-    try:
-        image = open_image(raw[extension])
-    except ImageError as error:
-        raise _sample_error(raw, "unreadable image", f"{extension}: {error}") from error
-    return {**sample, "image": transform(image) if transform else image}
-
-
-def _read_meta(raw: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        meta = json.loads(raw.get("json", b"{}"))
-    except ValueError as error:
-        raise _sample_error(raw, "unreadable json", f"json: {error}") from error
-    if not isinstance(meta, dict):
-        found = type(meta).__name__
-        raise _sample_error(raw, "unreadable json", f"json holds a {found}; expected an object")
-    return meta
-
-
-def _read_captions(raw: Mapping[str, Any], meta: dict[str, Any]) -> list[str]:
-    try:
-        text = raw.get("txt", b"").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _sample_error(raw, "unreadable caption", f"txt is not UTF-8: {error}") from error
-    listed = meta.get("captions")
-    for candidates in (listed if isinstance(listed, list) else [], [meta.get("caption")], [text]):
-        captions = [one.strip() for one in candidates if isinstance(one, str) and one.strip()]
-        if captions:
-            return captions
-    wanted = "expected a txt, or a json with 'caption' or 'captions'"
-    raise _sample_error(raw, "missing caption", f"no caption; {wanted}")
-
-
-def _sample_error(raw: Mapping[str, Any], kind: str, problem: str) -> SampleError:
-    members = sorted(name for name in raw if not name.startswith("__"))
-    return SampleError(
-        f"{raw['__shard__']}: sample {raw['__key__']!r} (members {members}): {problem}; mend or "
-        f"remove the sample, or read with on_error='skip'",
-        kind=kind,
-    )

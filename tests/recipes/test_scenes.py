@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from recipes import scenes
+from recipes.scene_captions import Parsed, caption, parse_caption, score
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
-from recipes.scenes import caption, draw, generate, parse_caption, scene_samples, score
+from recipes.scenes import draw, generate, scene_samples
 
 MANY = 4000
 
@@ -118,7 +119,7 @@ def test_boxes_lie_inside_apart_and_as_the_relation_says():
 def test_captions_read_back():
     for scene in generate(MANY, 5, "train"):
         names = tuple(placed.name for placed in scene.objects)
-        assert parse_caption(caption(scene)) == scenes.Parsed(names, scene.relation, scene.colour)
+        assert parse_caption(caption(scene)) == Parsed(names, scene.relation, scene.colour)
 
 
 def test_articles():
@@ -143,7 +144,7 @@ def test_articles():
     ],
 )  # fmt: skip
 def test_parsing_tolerates_what_is_missing(text: str, expected: tuple):
-    assert parse_caption(text) == scenes.Parsed(*expected)
+    assert parse_caption(text) == Parsed(*expected)
 
 
 PAIR = {"objects": ["cat", "dog"], "relation": "above", "colour": "red"}

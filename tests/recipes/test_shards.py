@@ -10,8 +10,11 @@ from PIL import Image
 from rich.console import Console
 
 from recipes.captions_files import read_captions
-from recipes.shards import build_shards, print_report, write_shards
-from recipes.stream import ShardStream, count_samples, decode_caption_sample, shard_digest
+from recipes.samples import decode_caption_sample
+from recipes.shard_files import count_samples, shard_digest
+from recipes.shard_writer import write_shards
+from recipes.shards import build_shards, print_report
+from recipes.stream import ShardStream
 
 NAMES = ("a.jpg", "b.png", "c.webp", "d.bmp")
 EXPECTED = {
@@ -262,7 +265,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, images, monkeypatch):
     out = tmp_path / "out"
     build_shards(images, captions, out, progress=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr("recipes.shards.shard_digest", lambda path: 1 / 0)
+    monkeypatch.setattr("recipes.shard_writer.shard_digest", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_shards(images, captions, out, overwrite=True, progress=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -15,15 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from recipes.shards import write_shards
-from recipes.stream import (
-    SampleError,
-    ShardError,
-    ShardStream,
-    count_samples,
-    decode_caption_sample,
-    expand_shards,
-)
+from recipes.samples import SampleError, decode_caption_sample
+from recipes.shard_files import ShardError, count_samples, expand_shards
+from recipes.shard_writer import write_shards
+from recipes.stream import ShardStream
 
 
 def key_of(raw: dict) -> str:

@@ -1,0 +1,175 @@
+"""`bridges demo`: two bridges between real frozen models, trained and shown in minutes."""
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+import bridges
+from bridges.embedded import cache_dir, fetch
+from recipes import report
+from recipes.cache import mean_patches
+from recipes.data import CaptionData
+from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
+from recipes.recording import PROVENANCE_FILE
+from recipes.scenes import scene_samples
+from recipes.shard_writer import MANIFEST, write_shards
+from recipes.train import CSV_LOGS, train
+
+BRIDGES = {
+    "soft_prefix": "perceiver_small",
+    "gated_xattn": "gated_xattn_small",
+}
+"""The two bridges of the demo and their shipped configs."""
+
+SCENES = {"train": 7200, "val": 400}
+"""Scenes made: as many as 300 steps of 24 see, so that none is seen twice."""
+
+SCENES_VERSION = 2
+"""Raise it when scenes change: the folder of the shards is named by it."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry of the subcommand."""
+    parser = ArgumentParser(
+        prog="bridges demo",
+        description="Trains a soft prefix and a gated cross-attention bridge, then writes "
+        "report.html and summary.json.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument(
+        "--data",
+        type=Path | None,
+        help="folder of train-*.tar and val-*.tar in place of the emoji scenes",
+    )
+    parser.add_argument(
+        "--bridges", type=list[str], default=list(BRIDGES), help=f"which of {list(BRIDGES)}"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="further arguments of `bridges train`, after --"
+    )
+    options = parser.parse_args(list(arguments))
+    unknown = set(options.bridges) - BRIDGES.keys()
+    if unknown:
+        raise ValueError(f"found bridges {sorted(unknown)}; expected some of {list(BRIDGES)}")
+    demo(options.out, options.data, options.bridges, options.overrides)
+
+
+def demo(
+    out: Path,
+    data: Path | None = None,
+    names: Sequence[str] = tuple(BRIDGES),
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains, scores and reports; returns what `summary.json` holds.
+
+    Args:
+        out: folder of the report, the summary and one run per bridge; runs in it are replaced.
+        data: folder of shards; emoji scenes by default.
+        names: bridges to train, see `BRIDGES`.
+        overrides: further arguments of `bridges train`.
+    """
+    console = Console()
+    shards = data or scene_shards(console)
+    results: dict[str, Any] = {}
+    shown: dict[str, list[str]] = {}
+    for name in names:
+        run = out / name
+        _clear(run)
+        console.rule(f"training {name} → {run}")
+        train(
+            [
+                f"--config={BRIDGES[name]}",
+                f"--data={shards}",
+                f"--data.feature_cache={cache_dir() / 'features'}",
+                f"--run={run}",
+                *overrides,
+            ]
+        )
+        console.rule(f"scoring {name} on held-out pictures")
+        results[name], shown[name] = score_run(run, shards)
+    summary = {"data": str(data) if data else "emoji scenes", "bridges": results}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    curves = {name: loss_curves(out / name) for name in names}
+    page = report.render(summary, curves, shown, report.pictures(shards))
+    (out / "report.html").write_text(page, encoding="utf-8")
+    report.print_summary(summary, console)
+    console.print(f"open {out / 'report.html'}")
+    return summary
+
+
+def scene_shards(console: Console) -> Path:
+    """The shards of emoji scenes, drawn once and kept in the cache folder."""
+    folder = cache_dir() / f"scenes-{SCENES_VERSION}"
+    done = folder / MANIFEST
+    if done.is_file():
+        return folder
+    emoji = fetch("emoji")
+    with console.status("drawing emoji scenes"):
+        for split, n in SCENES.items():
+            write_shards(scene_samples(n, 0, split, emoji), folder, split, overwrite=True)
+    done.write_text(json.dumps({"scenes": SCENES, "seed": 0}) + "\n", encoding="utf-8")
+    return folder
+
+
+def score_run(run: Path, shards: Path) -> tuple[dict[str, Any], list[str]]:
+    """Scores a trained bridge on held-out pictures: right, exchanged, and none at all.
+
+    Returns:
+        What the summary says of the bridge, and its captions of the held-out pictures.
+    """
+    model = bridges.load(run)
+    data = CaptionData(str(shards), feature_cache=str(cache_dir() / "features"))
+    data.connect(model)
+    held_out = HeldOut.collect(data.val_dataloader(), model)
+    if not held_out.samples:
+        raise ValueError(f"found no held-out shards in {shards}; expected val-*.tar beside train-*")
+    shuffled = held_out.shuffled()
+    started = time.perf_counter()
+    written = captions(model, held_out)
+    seconds_per_caption = (time.perf_counter() - started) / len(held_out)
+    right = scene_accuracy(written, held_out)
+    wrong = scene_accuracy(captions(model, shuffled, title="captioning, exchanged"), held_out)
+    provenance = json.loads((run / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    result = {
+        "trainable_parameters": provenance["trainable_parameters"],
+        "frozen_parameters": provenance["frozen_parameters"],
+        "steps": provenance["steps"],
+        "seconds": provenance["seconds"],
+        "held_out_pictures": len(held_out),
+        "nll_right": caption_nll(model, held_out),
+        "nll_shuffled": caption_nll(model, shuffled, title="scoring, exchanged"),
+        "nll_blind": caption_nll(
+            model, held_out.blind(mean_patches(data.train_shards)), title="scoring, blind"
+        ),
+        **{f"acc_{part}": share for part, share in right.items()},
+        **{f"acc_{part}_shuffled": share for part, share in wrong.items()},
+        "seconds_per_caption": seconds_per_caption,
+    }
+    return result, written
+
+
+def loss_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Training and held-out loss by step, from the run's CSV logs."""
+    curves: dict[str, list[tuple[int, float]]] = {"loss": [], "val_loss": []}
+    for log in sorted(run.glob(f"{CSV_LOGS}/metrics.csv")):
+        with log.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, points in curves.items():
+                    if row.get(name):
+                        points.append((int(row["step"]), float(row[name])))
+    return curves
+
+
+def _clear(run: Path) -> None:
+    """Removes what an earlier demo left in its own run folder, and nothing else."""
+    if (run / PROVENANCE_FILE).is_file() or not run.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        return
+    raise ValueError(f"found {run}, which is no run of the demo; give another --out")

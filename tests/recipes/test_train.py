@@ -1,0 +1,234 @@
+"""Training from the command line: what it writes, that it resumes, what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import bridges
+from bridges.run import RUN_FILE, WEIGHTS_FILE
+from recipes import cli
+from recipes.checkpoints import LAST
+from recipes.train import CONFIGS, train
+
+
+@pytest.fixture(scope="module")
+def run(on_disk, tmp_path_factory) -> Path:
+    return train(on_disk.arguments(tmp_path_factory.mktemp("train") / "run"))
+
+
+def test_a_run_says_what_it_is(run, on_disk):
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["steps"] == 4
+    assert provenance["seed"] == 0
+    assert provenance["packages"]["torch"] == torch.__version__
+    assert len(provenance["shards"]) == 4
+    assert all(len(digest) == 64 for digest in provenance["shards"].values())
+    assert provenance["frozen_parameters"] > 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["lm"]["name"] == str(on_disk.lm)
+    assert config["model"]["optimizer"]["betas"] == [0.9, 0.98]
+    metrics = (run / "csv-0" / "metrics.csv").read_text()
+    assert "val_loss" in metrics
+    assert "samples_per_s" in metrics
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_checkpoints_hold_the_bridge_alone(run):
+    weights = load_file(run / WEIGHTS_FILE)
+    assert weights
+    assert all(name.startswith("bridge.") for name in weights)
+    checkpoint = torch.load(run / LAST, weights_only=True)
+    assert checkpoint["state_dict"].keys() == weights.keys()
+
+
+def test_the_resolved_config_trains_the_same_bridge(run, on_disk, tmp_path):
+    again = train([f"--config={run / 'config.yaml'}", f"--run={tmp_path / 'again'}"])
+    first, second = load_file(run / WEIGHTS_FILE), load_file(again / WEIGHTS_FILE)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(on_disk, tmp_path, workers):
+    # 30 samples in batches of 4: seven steps an epoch, so that 10 steps end in the second.
+    common = [f"--data.num_workers={workers}", "--model.optimizer.warmup_steps=0"]
+    schedule = ["--model.optimizer.min_lr=1e-3", *common]  # a constant rate, whatever max_steps
+    whole = train(on_disk.arguments(tmp_path / "whole", "--trainer.max_steps=10", *schedule))
+    for stop in (3, 7, 8):
+        part = tmp_path / f"part{stop}"
+        train(on_disk.arguments(part, f"--trainer.max_steps={stop}", *schedule))
+        train(on_disk.arguments(part, "--trainer.max_steps=10", "--resume=true", *schedule))
+        expected, found = load_file(whole / WEIGHTS_FILE), load_file(part / WEIGHTS_FILE)
+        assert all(torch.equal(expected[n], found[n]) for n in expected), stop
+
+
+def test_accumulated_gradients_and_feature_cache(on_disk, tmp_path):
+    online = train(on_disk.arguments(tmp_path / "a", "--trainer.accumulate_grad_batches=2"))
+    cached = train(
+        on_disk.arguments(
+            tmp_path / "b",
+            "--trainer.accumulate_grad_batches=2",
+            f"--data.feature_cache={tmp_path / 'features'}",
+        )
+    )
+    assert json.loads((online / "provenance.json").read_text())["steps"] == 4
+    first, second = load_file(online / WEIGHTS_FILE), load_file(cached / WEIGHTS_FILE)
+    # fp16 features: close, not equal.
+    assert all(torch.allclose(first[n], second[n], atol=2e-2) for n in first)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_config_trains(on_disk, tmp_path, config):
+    """Only the frozen ends are exchanged, and sizes lowered."""
+    shipped = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    resampler = shipped["model"]["bridge"]["init_args"]["resampler"]
+    small = {"dim": 16, "num_heads": 2, "head_dim": 8, "depth": 1, "num_layers": 1}
+    more = [
+        f"--model.bridge.init_args.resampler.init_args.{key}={small[key]}"
+        for key in resampler.get("init_args", {})
+        if key in small
+    ]
+    arguments = on_disk.arguments(tmp_path / "run", *more, "--trainer.max_steps=1")
+    kept = [a for a in arguments if not a.startswith(("--config", "--model.bridge"))]
+    layer = ["--model.vision.layer=-2"] if "layer" in shipped["model"]["vision"] else []
+    done = train([f"--config={config}", *kept, *more, *layer])
+    assert (done / RUN_FILE).is_file()
+
+
+def test_a_third_partys_bridge_trains_and_loads(on_disk, tmp_path):
+    run = train(
+        [
+            a
+            for a in on_disk.arguments(tmp_path / "run")
+            if not a.startswith(("--config", "--model.bridge"))
+        ]
+        + [
+            "--model.bridge=third_party_bridge.AdapterBridge",
+            "--model.bridge.init_args.layers=2",
+            "--model.bridge.init_args.resampler=third_party_bridge.BandResampler",
+            "--model.bridge.init_args.resampler.init_args.num_bands=2",
+            "--trainer.check_val_every_n_epoch=null",
+        ]
+    )
+    model = bridges.load(run)
+    assert type(model.bridge).__module__.startswith("third_party_bridge")
+
+
+def test_lora_trains_beside_the_bridge(on_disk, tmp_path):
+    lora = ['--model.lm.lora={"r": 2, "alpha": 4}', "--trainer.max_steps=2"]
+    run = train(on_disk.arguments(tmp_path / "run", *lora))
+    names = load_file(run / WEIGHTS_FILE).keys()
+    assert any("lora_" in name for name in names)
+    assert not any("base_layer" in name for name in names)
+    before = tiny.causal_lm("llama").state_dict()
+    after = bridges.load(run).lm.model.state_dict()
+    for name, tensor in before.items():
+        candidates = [name, name.replace(".weight", ".base_layer.weight")]
+        assert any(n in after and torch.equal(after[n], tensor) for n in candidates), name
+
+
+def test_captions_from_the_command_line(run, on_disk, tmp_path, capsys):
+    pictures = []
+    for index, mode in enumerate(("RGB", "L", "CMYK")):
+        path = tmp_path / f"{index}.jpg"
+        tiny.Image.new(mode, (20 + index, 30)).save(path)
+        pictures.append(str(path))
+    for options in ([], ["--num_beams", "2"], ["--do_sample", "true", "--top_p", "0.9"]):
+        command = ["caption", *pictures, "--run", str(run), "--max_new_tokens", "4", *options]
+        assert cli.main(command) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("\t")[0] for line in lines] == pictures
+
+
+# --- bad input: one message with what was found and what to do, nothing half-written
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The message of a command that must fail with exit code 2."""
+    assert cli.main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_typo_in_a_key(on_disk, tmp_path, capsys):
+    for typo in ("--model.bridge.init_args.resampler.init_args.num_latens=3", "--data.bath=3"):
+        with pytest.raises(SystemExit):
+            train(on_disk.arguments(tmp_path / "run", typo))
+        assert typo.split("=")[0].rpartition(".")[2] in capsys.readouterr().err
+    config = yaml.safe_load((CONFIGS / "perceiver_small.yaml").read_text())
+    config["model"]["optimiser"] = {"lr": 1.0}
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        train([f"--config={tmp_path / 'typo.yaml'}"])
+    assert "optimiser" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_is_no_bridge(on_disk, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(on_disk.arguments(tmp_path / "run", "--model.bridge=torch.nn.Linear"))
+    assert "torch.nn.Linear" in capsys.readouterr().err
+
+
+def test_an_unknown_config_names_the_shipped_ones(capsys):
+    message = refused(capsys, "train", "--config", "percever_small")
+    assert "perceiver_small" in message
+
+
+def test_missing_shards(on_disk, tmp_path, capsys):
+    arguments = on_disk.arguments(tmp_path / "run", f"--data={tmp_path / 'no-{0..2}.tar'}")
+    message = refused(capsys, "train", *arguments)
+    assert "no-0.tar" in message
+    (tmp_path / "empty").mkdir()
+    arguments = on_disk.arguments(tmp_path / "run", f"--data={tmp_path / 'empty'}")
+    assert "empty" in refused(capsys, "train", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten(run, on_disk, capsys):
+    before = (run / WEIGHTS_FILE).read_bytes()
+    assert "--resume" in refused(capsys, "train", *on_disk.arguments(run))
+    assert (run / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_a_run_of_another_backbone(run, on_disk, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    tiny.causal_lm("llama", seed=1).save_pretrained(tmp_path / "lm")
+    tiny.make_tokenizer(image_token=False).save_pretrained(tmp_path / "lm")
+    more = [f"--model.lm.name={tmp_path / 'lm'}", "--resume=true", "--trainer.max_steps=6"]
+    message = refused(capsys, "train", *on_disk.arguments(other, *more))
+    assert "language model with fingerprint" in message
+    spec = json.loads((other / RUN_FILE).read_text())
+    spec["lm"]["name"] = str(tmp_path / "lm")
+    (other / RUN_FILE).write_text(json.dumps(spec))
+    picture = tmp_path / "a.png"
+    tiny.Image.new("RGB", (8, 8)).save(picture)
+    message = refused(capsys, "caption", str(picture), "--run", str(other))
+    assert "language model with fingerprint" in message
+
+
+def test_no_run_and_no_picture(tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    tiny.Image.new("RGB", (8, 8)).save(picture)
+    assert RUN_FILE in refused(capsys, "caption", str(picture), "--run", str(tmp_path))
+    assert "nope.jpg" in refused(capsys, "caption", "nope.jpg", "--run", str(tmp_path))
+
+
+def test_too_few_samples_for_a_batch(on_disk, tmp_path, capsys):
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", "--data.batch_size=31"))
+    assert "data.batch_size" in message
+
+
+def test_a_caption_longer_than_the_context(on_disk, tmp_path, capsys):
+    more = ["--model.bridge.init_args.resampler.init_args.num_latents=200"]
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", *more))
+    assert "context length" in message
+
+
+def test_an_unknown_command(capsys):
+    assert "'trian'" in refused(capsys, "trian")

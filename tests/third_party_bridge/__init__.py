@@ -1,0 +1,5 @@
+"""Someone else's package: it imports `bridges`, and `bridges` has not heard of it."""
+
+from third_party_bridge.bridge import AdapterBridge, BandResampler
+
+__all__ = ["AdapterBridge", "BandResampler"]
