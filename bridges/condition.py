@@ -11,6 +11,7 @@ def image_index(placeholders: Tensor, num_tokens: int) -> Tensor:
     """Index of the latest image at or before each position; -1 where there is none yet.
 
     Shape: bool (b, t) -> long (b, t).
+
     Source: Flamingo (arXiv 2204.14198) section 2.3, φ: the number of images so far, minus one.
     Every image owns `num_tokens` consecutive placeholders.
     """

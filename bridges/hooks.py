@@ -18,7 +18,7 @@ class DecoderHooks:
     called on its own) every hook passes the activations through unchanged.
 
     The condition is kept after a forward pass that needs gradients: a gradient-checkpointed
-    block runs again, hooks included, in backward.
+    block runs again, hooks included, in backward (see `SameCondition`).
 
     Raises:
         ValueError: an unknown LM type, a layer that the LM does not have, or an unknown site.
@@ -92,3 +92,22 @@ class DecoderHooks:
         if self.condition is not None:
             cache = kwargs.get("past_key_values")
             self.condition.start = 0 if cache is None else int(cache.get_seq_length())
+
+
+class SameCondition:
+    """Puts the condition of its making back while a checkpointed block runs again in backward.
+
+    Other forward passes may come before the backward of this one: a second data set's, a
+    validation pass. A class, because backward with ``retain_graph`` enters it more than once.
+    """
+
+    def __init__(self, hooks: DecoderHooks) -> None:
+        self._hooks = hooks
+        self._then = self._now = hooks.condition
+
+    def __enter__(self) -> None:
+        self._now = self._hooks.condition
+        self._hooks.condition = self._then
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.condition = self._now

@@ -2,7 +2,7 @@
 
 Pillow's ``convert("RGB")`` alone leaves phone photographs lying on their side, turns what is
 transparent into whatever colour lies beneath, and saturates 16-bit greys to white. Everything
-that reads a picture goes through :func:`open_image` instead.
+that reads a picture goes through `open_image` instead.
 """
 
 from __future__ import annotations

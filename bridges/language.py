@@ -1,5 +1,6 @@
 """The frozen causal LM, its tokenizer and its placeholder for images."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from bridges.sites import decoder_sites
 from bridges.vision import EMBEDDED
 
 IMAGE_TOKEN = "<image>"
+
+UNKNOWN_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which Cohere, Granite and Falcon-H1 scale their logits after the head."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,24 @@ class LanguageModel(Frozen):
                 f"{config.hidden_size}; expected equal widths: such an LM (OPT-350M) projects its "
                 "embeddings, which soft tokens would bypass"
             )
+        for name in UNKNOWN_SCALES:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"found {name}={getattr(config, name)} in the config of a "
+                    f"{config.model_type!r} LM; expected plain logits: its head scales them, which "
+                    "LanguageModel.head must learn first"
+                )
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         if lora is not None:
             _add_lora(self.model, lora)
+        self.recompute_context: AbstractContextManager[None] = nullcontext()
         self._checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             _zero_dropout(self.model)
             # Renamed in transformers 5; the old name warns.
             name = "activation_checkpointing_enable"
             enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
         self.train()
 
     @classmethod
@@ -168,6 +180,12 @@ class LanguageModel(Frozen):
         """
         return self._embed(input_ids.masked_fill(input_ids == self.image_token_id, 0))
 
+    def _checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around a block's first run, and around its second one in backward."""
+        return nullcontext(), self.recompute_context
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids.to(self.device))
 
@@ -200,9 +218,15 @@ class LanguageModel(Frozen):
 def _add_lora(model: nn.Module, lora: LoRA) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'bridges[lora]'") from error
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),  # GPT-2
+    )
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bridges.condition import Condition, image_index
 from bridges.contract import Bridge, BridgeFactory, BridgeOutput, Instruction, VisionFeatures
-from bridges.hooks import DecoderHooks
+from bridges.hooks import DecoderHooks, SameCondition
 from bridges.language import IMAGE_TOKEN, LanguageModel
 from bridges.loss import IGNORE, label_positions, token_losses
 from bridges.prompts import PromptEncoder
@@ -177,6 +177,19 @@ class VisionLanguageModel(nn.Module):
             self.lm.tokenizer, self.lm.image_token, self.bridge.num_tokens, max_completion
         )
 
+    def check_length(self, length: int) -> None:
+        """Refuses more positions than the LM's context holds.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if self.lm.max_length is not None and length > self.lm.max_length:
+            raise ValueError(
+                f"found {length} positions ({self.bridge.num_tokens} placeholders an image, text "
+                f"and new tokens); expected at most {self.lm.max_length}, the LM's context "
+                "length: use fewer images, fewer tokens per image or less text"
+            )
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that training changes: the bridge's state and the LM's LoRA weights."""
         bridge = {f"bridge.{n}": t for n, t in self.bridge.state_dict().items()}
@@ -236,13 +249,8 @@ class VisionLanguageModel(nn.Module):
         self, input_ids: Tensor, output: BridgeOutput, vision: VisionFeatures, room: int = 0
     ) -> Tensor:
         """Token embeddings with the soft tokens in the places of their placeholders."""
-        length, n = input_ids.shape[1] + room, self.bridge.num_tokens
-        if self.lm.max_length is not None and length > self.lm.max_length:
-            raise ValueError(
-                f"found {length} positions ({n} placeholders an image, text"
-                f"{' and new tokens' if room else ''}); expected at most {self.lm.max_length}, "
-                "the LM's context length: use fewer images, fewer tokens per image or less text"
-            )
+        n = self.bridge.num_tokens
+        self.check_length(input_ids.shape[1] + room)
         width = output.soft_tokens.shape[-1]
         if width != self.lm.shape.dim:
             raise ValueError(
@@ -276,6 +284,7 @@ class VisionLanguageModel(nn.Module):
             index=image_index(placeholders, self.bridge.num_tokens),
             keep_projections=keep_projections,
         )
+        self.lm.recompute_context = SameCondition(self.hooks)
 
     def _vocabulary(self) -> int:
         return self.lm.model.config.vocab_size

@@ -18,6 +18,7 @@ class Projector(Resampler):
         dim: width between the layers; the vision width by default (LLaVA-1.5 uses the LM's).
 
     Shape: patches (b, i, p, d_vision) -> (b, i, p, dim).
+
     Source: LLaVA (arXiv 2304.08485) section 4.1; LLaVA-1.5 (arXiv 2310.03744) section 3.3.
     """
 

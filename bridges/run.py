@@ -147,9 +147,11 @@ def load(
     """
     folder = Path(run)
     spec = read_run(folder)
+    # First, since a third party's package may bring its LM's row of the site table along.
+    bridge = bridge_factory(spec.bridge)
     vision = vision or VisionEncoder.load(**vars(spec.vision))
     lm = lm or LanguageModel.load(**vars(spec.lm))
     check_fingerprints(spec.fingerprints, vision, lm, str(folder))
-    model = VisionLanguageModel.connect(vision, lm, bridge_factory(spec.bridge), prompt=spec.prompt)
+    model = VisionLanguageModel.connect(vision, lm, bridge, prompt=spec.prompt)
     model.load_trainable_state(load_file(folder / WEIGHTS_FILE))
     return model.eval()

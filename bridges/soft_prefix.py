@@ -28,6 +28,7 @@ class SoftPrefix(Bridge):
             the papers' bare linear layer.
 
     Shape: soft tokens (b, i, n, d_lm).
+
     Source: BLIP-2 (arXiv 2301.12597) section 3.3.
     """
 

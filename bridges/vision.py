@@ -143,11 +143,34 @@ def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
             f"found a {config.model_type!r} config at {name!r}; expected a vision model (CLIP, "
             "SigLIP, DINOv2, ViT, ConvNeXt, …)"
         )
-    model = AutoModel.from_pretrained(name, config=config)
+    model, report = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
     processor = AutoImageProcessor.from_pretrained(name)
     preprocess = _Processor(processor)
-    sample = preprocess(Image.new("RGB", (64, 48)))
+    sample = preprocess(Image.new("RGB", (64, 48), "gray"))
+    if report["missing_keys"]:
+        _zero_missing(model, sorted(report["missing_keys"]), sample, name)
     return model, preprocess, (sample.shape[-2], sample.shape[-1])
+
+
+@torch.no_grad()
+def _zero_missing(model: Any, missing: list[str], sample: Tensor, name: str) -> None:
+    """Zeroes weights that a checkpoint lacks; HF fills them at random, anew on every load.
+
+    A pooler is often not there and never used, but counts in the fingerprint.
+
+    Raises:
+        ValueError: the patches depend on a missing weight.
+    """
+    pixels = sample[None].to(model.dtype)
+    before = model(pixel_values=pixels).last_hidden_state
+    state = model.state_dict()
+    for weight in missing:
+        state[weight].zero_()
+    if not torch.equal(model(pixel_values=pixels).last_hidden_state, before):
+        raise ValueError(
+            f"found no {missing[0]} at {name!r} ({len(missing)} weights missing); expected a whole "
+            f"{type(model).__name__}: its features would be random. Fetch the checkpoint again"
+        )
 
 
 # Classes, not closures: data-loading workers that are spawned must be able to receive them.

@@ -40,6 +40,7 @@ class GatedXAttn(Bridge):
         qk_norm: see `GatedCrossAttention`.
 
     Shape: soft tokens (b, i, 1, d_lm), memory (b, i, m, d_resampler).
+
     Source: Flamingo (arXiv 2204.14198) section 2.2.
     """
 

@@ -64,6 +64,7 @@ class PerceiverResampler(Resampler):
         qk_norm: LayerNorm on each head's queries and keys (IDEFICS-1 option).
 
     Shape: patches (b, i, p, d_vision) -> (b, i, num_latents, dim).
+
     Source: Flamingo (arXiv 2204.14198) section 2.1 and figure 5.
     """
 

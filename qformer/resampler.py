@@ -25,6 +25,7 @@ class QFormer(Resampler):
         cross_attention_every: the image is read in layers 0, 2, 4, … by default.
 
     Shape: patches (b, i, p, d_vision) -> (b, i, num_queries, dim).
+
     Source: BLIP-2 (arXiv 2301.12597) section 3.1. Deviation: no dropout (BERT's 0.1).
     """
 

@@ -2,13 +2,16 @@
 
 import hashlib
 import io
+import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.progress import Progress
 
 from bridges import VisionEncoder
@@ -21,6 +24,8 @@ from recipes.stream import ShardStream
 FEATURES_FILE = "features.json"
 PATTERN = "features-*.tar"
 
+logger = logging.getLogger(__name__)
+
 
 def cache_features(
     shards: str | Path | Sequence[str | Path],
@@ -28,6 +33,7 @@ def cache_features(
     cache: Path,
     *,
     batch_size: int = 32,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> list[Path]:
     """Encodes every picture of some shards once; later calls find the result.
 
@@ -40,6 +46,8 @@ def cache_features(
         encoder: the frozen encoder.
         cache: folder of all caches.
         batch_size: pictures encoded together.
+        on_error: stop at a picture that cannot be read, or log it with shard and key and leave
+            it out.
 
     Returns:
         The shards with features.
@@ -48,19 +56,23 @@ def cache_features(
     if any(is_cached(path) for path in paths):
         return paths
     digests = [shard_digest(path) for path in paths]
-    name = hashlib.sha256("\n".join([encoder.fingerprint, *digests]).encode()).hexdigest()[:16]
+    content = "\n".join([encoder.fingerprint, on_error, *digests])
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = cache / name
-    if not (folder / FEATURES_FILE).is_file():
-        samples = _encoded(paths, encoder, batch_size)
-        write_shards(samples, folder, "features", overwrite=True)
-        described = {
-            "encoder": encoder.fingerprint,
-            "grid": encoder.shape.grid,
-            "dim": encoder.shape.dim,
-            "shards": dict(zip((path.name for path in paths), digests, strict=True)),
-        }
-        # Written last: a folder without it is an interrupted run, and is filled again.
-        (folder / FEATURES_FILE).write_text(json.dumps(described, indent=2))
+    cache.mkdir(parents=True, exist_ok=True)
+    # Of several ranks on a machine the first encodes, the others wait and find the result.
+    with FileLock(cache / f"{name}.lock"):
+        if not (folder / FEATURES_FILE).is_file():
+            samples = _encoded(paths, encoder, batch_size, on_error)
+            write_shards(samples, folder, "features", overwrite=True)
+            described = {
+                "encoder": encoder.fingerprint,
+                "grid": encoder.shape.grid,
+                "dim": encoder.shape.dim,
+                "shards": dict(zip((path.name for path in paths), digests, strict=True)),
+            }
+            # Written last: a folder without it is an interrupted run, and is filled again.
+            (folder / FEATURES_FILE).write_text(json.dumps(described, indent=2))
     return sorted(folder.glob(PATTERN))
 
 
@@ -92,7 +104,7 @@ def mean_patches(shards: Sequence[Path], limit: int = 2000) -> torch.Tensor:
     """
     total, count = torch.zeros(()), 0
     stream = ShardStream(list(shards), _features, seed=0, shuffle=False)
-    for features in stream:
+    for features in stream.iterate():
         total, count = total + features.float(), count + 1
         if count == limit:
             break
@@ -105,24 +117,30 @@ def _features(raw: dict[str, Any]) -> torch.Tensor:
 
 
 def _encoded(
-    paths: Sequence[Path], encoder: VisionEncoder, batch_size: int
+    paths: Sequence[Path],
+    encoder: VisionEncoder,
+    batch_size: int,
+    on_error: Literal["raise", "skip"],
 ) -> Iterator[dict[str, Any]]:
-    def keep(raw: dict[str, Any]) -> dict[str, Any]:
-        picture = raw[image_extension(raw)]
+    def keep(raw: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            picture = open_image(raw[image_extension(raw)])
+        except ValueError as error:
+            where = f"{raw['__shard__']}: sample {raw['__key__']!r}"
+            if on_error == "raise":
+                raise ValueError(f"{where}: {error}") from error
+            logger.warning("left out %s: %s", where, error)
+            return None
         text = {k: raw[k].decode() for k in ("txt",) if k in raw}
         meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
-        return {
-            "__key__": raw["__key__"],
-            "pixels": encoder.preprocess(open_image(picture)),
-            **text,
-            **meta,
-        }
+        return {"__key__": raw["__key__"], "pixels": encoder.preprocess(picture), **text, **meta}
 
     stream = ShardStream(list(paths), keep, seed=0, shuffle=False)
-    loader = torch.utils.data.DataLoader(stream, batch_size, collate_fn=list)
+    # One consumer, also where several ranks train: each of them needs every picture.
+    kept = (sample for sample in stream.iterate() if sample is not None)
     with Progress(*Progress.get_default_columns(), transient=True) as progress:
         task = progress.add_task("encoding pictures", total=stream.total_samples)
-        for samples in loader:
+        while samples := list(itertools.islice(kept, batch_size)):
             pixels = torch.stack([sample.pop("pixels") for sample in samples])
             patches = encoder.encode(pixels[:, None]).patches[:, 0]
             for sample, features in zip(samples, patches.to(torch.float16).cpu(), strict=True):

@@ -11,7 +11,10 @@ from recipes.shards import build_shards, print_report
 
 def shards(arguments: Sequence[str]) -> None:
     """`bridges shards IMAGES CAPTIONS OUT`."""
-    parser = ArgumentParser(prog="bridges shards", description=build_shards.__doc__)
+    parser = ArgumentParser(
+        prog="bridges shards",
+        description="Makes webdataset shards of a folder of pictures and a captions file.",
+    )
     parser.add_argument("images", type=Path, help="folder of pictures")
     parser.add_argument(
         "captions", type=Path, help="captions file; '-' for a .txt beside each picture"
@@ -52,6 +55,7 @@ def caption(arguments: Sequence[str]) -> None:
 
     torch.manual_seed(options.pop("seed"))
     model = bridges.load(options.pop("run"))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     given = {k: v for k, v in options.items() if v is not None}
     for path, text in zip(images, bridges.caption(model, images, **given), strict=True):
-        print(f"{path}\t{text}")
+        print(f"{path}\t{' '.join(text.split())}")

@@ -105,9 +105,19 @@ class CaptionData(L.LightningDataModule):
         self._train: ShardStream[Any] | None = None
 
     def connect(self, model: VisionLanguageModel) -> None:
-        """Fits the stream to a model: its preprocessing, its tokenizer, its features."""
+        """Fits the stream to a model: its preprocessing, its tokenizer, its features.
+
+        Raises:
+            ValueError: the prompt alone fills the LM's context, or features of another encoder.
+        """
+        model.check_length(model.prompt_encoder()([model.prompt]).input_ids.shape[1] + 1)
         if self.feature_cache is not None:
-            cache = partial(cache_features, encoder=model.vision, cache=Path(self.feature_cache))
+            cache = partial(
+                cache_features,
+                encoder=model.vision,
+                cache=Path(self.feature_cache),
+                on_error=self.on_error,
+            )
             self.train_shards = cache(self.train_shards)
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
         check_cached([*self.train_shards, *self.held_out_shards], model.vision)
@@ -117,25 +127,23 @@ class CaptionData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Lightning calls this on every rank before training."""
         assert self.trainer is not None
-        self.connect(self.trainer.lightning_module.vlm)  # pyright: ignore[reportArgumentType]
-
-    def train_dataloader(self) -> SizedLoader:
-        """The rest of the current epoch; asked for anew before each."""
-        assert self.trainer is not None and self._train is not None
-        self._train.set_epoch(self.trainer.current_epoch)
-        batches = self._train.num_batches(
-            self.batch_size,
-            world_size=self.trainer.world_size,
-            num_workers=self.num_workers,
-            drop_last=True,
-        )
-        if not batches:
+        model: Any = self.trainer.lightning_module.vlm
+        # Lightning moves the model to its device only later; features are computed now.
+        model.vision.to(self.trainer.strategy.root_device)
+        self.connect(model)
+        if not self._batches():
+            assert self._train is not None
             raise ValueError(
                 f"found {self._train.total_samples} samples for batches of {self.batch_size} on "
                 f"{self.trainer.world_size} ranks × {max(1, self.num_workers)} workers; expected "
                 "at least one batch each: lower data.batch_size or data.num_workers"
             )
-        return self._loader(self._train, self.num_workers, batches, drop_last=True)
+
+    def train_dataloader(self) -> SizedLoader:
+        """The rest of the current epoch; asked for anew before each."""
+        assert self.trainer is not None and self._train is not None
+        self._train.set_epoch(self.trainer.current_epoch)
+        return self._loader(self._train, self.num_workers, self._batches(), drop_last=True)
 
     def val_dataloader(self) -> SizedLoader | list[Any]:
         """The held-out pictures, in order; none if there are no held-out shards."""
@@ -150,6 +158,16 @@ class CaptionData(L.LightningDataModule):
     def skipped(self) -> dict[str, int]:
         """Bad samples by kind, of this process."""
         return dict(self._train.skipped) if self._train is not None else {}
+
+    def _batches(self) -> int:
+        """Training batches of an epoch on each rank."""
+        assert self.trainer is not None and self._train is not None
+        return self._train.num_batches(
+            self.batch_size,
+            world_size=self.trainer.world_size,
+            num_workers=self.num_workers,
+            drop_last=True,
+        )
 
     def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
         return ShardStream(

@@ -59,7 +59,7 @@ def write_shards(
 
 
 class ShardSet:
-    """Shards of several splits under temporary names, until :meth:`commit` renames them all."""
+    """Shards of several splits under temporary names, until `commit` renames them all."""
 
     def __init__(
         self, out: Path, samples_per_shard: int, overwrite: bool, only: str | None = None
@@ -80,7 +80,8 @@ class ShardSet:
         if self._replaced and not overwrite:
             raise ValueError(
                 f"{out} already holds {len(self._replaced)} shards, e.g. "
-                f"{self._replaced[0].name}; expected none: name another folder, or pass overwrite"
+                f"{self._replaced[0].name}; expected none: name another folder, or give "
+                "--overwrite true"
             )
         self._made_out = not out.exists()
         self._shards: dict[str, list[_TarFile]] = {}
@@ -94,7 +95,7 @@ class ShardSet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Removes whatever :meth:`commit` has not renamed."""
+        """Removes whatever `commit` has not renamed."""
         for shard in (shard for shards in self._shards.values() for shard in shards):
             shard.discard()
         if self._made_out and self.out.is_dir() and not any(self.out.iterdir()):

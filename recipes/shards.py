@@ -26,7 +26,7 @@ from recipes.shard_writer import SPLIT_NAME, ShardSet
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What :func:`build_shards` wrote, and what it left out and why.
+    """What `build_shards` wrote, and what it left out and why.
 
     ``shards`` holds what the manifest holds: name, split, samples, bytes and sha256 of each.
     ``skipped`` lists by kind the rows or pictures left out, by name.

@@ -35,11 +35,11 @@ class ShardStream(IterableDataset[T]):
     """Samples of shards, split over ranks and workers, decoded by ``decode``.
 
     What a consumer yields depends on (seed, epoch, ranks, workers) and nothing else; call
-    :meth:`set_epoch` before each epoch. ``len()`` is not defined, for it would depend on the
-    loader's workers: see :meth:`samples_per_consumer` and :meth:`num_batches`.
+    `set_epoch` before each epoch. ``len()`` is not defined, for it would depend on the
+    loader's workers: see `samples_per_consumer` and `num_batches`.
 
     Args:
-        shards: As for :func:`expand_shards`.
+        shards: As for `expand_shards`.
         decode: Turns a raw sample into an item. A raw sample maps each extension to the member's
             bytes, and ``__key__``, ``__shard__`` and ``__seed__`` (a string of seed, epoch, shard
             and key: the seed for augmentation that survives a resume) to strings. A ValueError
@@ -52,7 +52,7 @@ class ShardStream(IterableDataset[T]):
             process), logs it, and fills the epoch up with the consumer's own first samples.
 
     Raises:
-        ShardError: As :func:`expand_shards`; a shard that is truncated, has a key twice; no
+        ShardError: As `expand_shards`; a shard that is truncated, has a key twice; no
             samples at all.
     """
 
@@ -88,7 +88,7 @@ class ShardStream(IterableDataset[T]):
             raise ShardError(f"no samples in {len(self.shards)} shards, e.g. {self.shards[0]}")
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order, and takes back :meth:`skip` if it is another epoch."""
+        """Chooses the epoch's order, and takes back `skip` if it is another epoch."""
         if epoch != self.epoch:
             self._skip = 0
         self.epoch = epoch

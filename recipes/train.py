@@ -13,12 +13,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from bridges import LanguageSource, RunSpec, VisionSource
 from bridges.precision import resolve_dtype
 from bridges.run import RUN_FILE
 from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
-from recipes.data import CaptionData
+from recipes.data import CaptionData, split_shards
 from recipes.module import CaptionModule
 from recipes.recording import RunRecorder, Throughput
 
@@ -45,9 +46,10 @@ class TrainCLI(LightningCLI):
         """Parses the arguments given, without a look at (and a warning about) `sys.argv`."""
         self.config = parser.parse_args(args)
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A trainer that writes everything into the run directory."""
+    def before_instantiate_classes(self) -> None:
+        """What can be refused is refused before models are loaded."""
         config: Namespace = self.config
+        split_shards(config.data.shards, config.data.val_shards)
         folder = Path(config.run)
         begun = (folder / RUN_FILE).exists() or (folder / LAST).exists()
         if begun and not config.resume:
@@ -55,6 +57,16 @@ class TrainCLI(LightningCLI):
                 f"found a run in {folder} already; expected a new folder: give another --run, "
                 "continue it with --resume true, or delete it"
             )
+        if config.resume and not (folder / LAST).is_file():
+            raise ValueError(
+                f"found no checkpoint at {folder / LAST}; expected one to continue from: leave "
+                "--resume out"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that writes everything into the run directory."""
+        config: Namespace = self.config
+        folder = Path(config.run)
         options = config.trainer
         if options.precision is None:
             bf16 = resolve_dtype("auto") == torch.bfloat16
@@ -119,14 +131,11 @@ def _train(arguments: list[str]) -> Path:
         run=False,
         save_config_callback=None,
         seed_everything_default=0,
-        parser_kwargs={"parser_mode": "omegaconf"},
+        auto_configure_optimizers=False,
+        parser_kwargs={"parser_mode": "omegaconf", "prog": "bridges train"},
     )
     folder = Path(cli.config.run)
     resume = folder / LAST if cli.config.resume else None
-    if resume is not None and not resume.is_file():
-        raise ValueError(
-            f"found no checkpoint at {resume}; expected one to continue from: leave --resume out"
-        )
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     return folder
 
@@ -173,4 +182,6 @@ def _language_source(config: Namespace) -> LanguageSource:
 def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
     folder = train(arguments)
-    print(f"the bridge is in {folder}; caption with: bridges caption IMAGE --run {folder}")
+    rank_zero_only(print)(
+        f"the bridge is in {folder}; caption with: bridges caption IMAGE --run {folder}"
+    )

@@ -119,7 +119,9 @@ def causal_lm(family: str, seed: int = 0, **changes: Any) -> Any:
     config = CONFIGS[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    return randomise(hf.AutoModelForCausalLM.from_config(config), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return randomise(hf.AutoModelForCausalLM.from_config(config), seed)
 
 
 def make_tokenizer(*, image_token: bool = True, bos: bool = False) -> Any:
@@ -192,7 +194,9 @@ VISION: dict[str, Callable[[], nn.Module]] = {
 
 def vision_model(kind: str = "clip", seed: int = 0) -> Any:
     """A tiny HF vision model with random weights."""
-    return randomise(VISION[kind](), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return randomise(VISION[kind](), seed)
 
 
 def vision_encoder(kind: str = "clip", *, dtype: torch.dtype = torch.float32, **options: Any):

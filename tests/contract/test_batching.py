@@ -30,3 +30,15 @@ def test_a_row_alone_is_the_row_in_a_batch(open_vlm: VisionLanguageModel, paddin
             rtol=0,
             atol=1e-4,
         )
+
+
+def test_one_row_of_one_image_and_one_token(open_vlm: VisionLanguageModel):
+    text, features = tiny.batch_of(open_vlm, ["<image>"], [""])
+    assert features.patches.shape[:2] == (1, 1)
+    output = open_vlm(text.input_ids, text.attention_mask, text.labels, features)
+    assert output.loss.shape == ()
+    assert output.token_losses.shape == output.label_counts.shape == (1,)
+    output.loss.backward()
+    prompt, _ = tiny.batch_of(open_vlm, ["<image>"], padding_side="left")
+    new = open_vlm.generate(prompt.input_ids, prompt.attention_mask, features, max_new_tokens=1)
+    assert new.shape == (1, 1)

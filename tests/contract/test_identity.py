@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from bridges import LanguageModel, TextBatch, VisionEncoder, VisionFeatures, VisionLanguageModel
+from bridges import TextBatch, VisionEncoder, VisionFeatures, VisionLanguageModel
 
 PROMPTS = ["a<image>bc<image>de", "hello", "x<image>y"]
 
@@ -93,12 +93,3 @@ def test_without_hooks_the_lm_is_the_original(
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), bare.parameters(), strict=True))
-
-
-def test_the_lm_on_its_own_after_a_training_step_is_not_conditioned(
-    open_vlm: VisionLanguageModel, language_models: Callable[[str], LanguageModel]
-):
-    text, features = tiny.batch_of(open_vlm, PROMPTS, ["a", "b", "c"])
-    open_vlm(text.input_ids, text.attention_mask, text.labels, features).loss.backward()
-    open_vlm.hooks.remove()
-    assert open_vlm.hooks.condition is None

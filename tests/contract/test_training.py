@@ -100,6 +100,28 @@ def test_frozen_ends_are_bit_identical_after_training(
         assert not torch.equal(tensor, trained[name]), name
 
 
+@pytest.mark.parametrize("kind", ["perceiver_gated", "third_party"])
+def test_checkpointed_blocks_run_again_with_the_images_of_their_own_forward(
+    kind: str, encoder: VisionEncoder, checkpointing_lms: Callable[[str], LanguageModel]
+):
+    """Two forwards and a validation pass may come before the backward of both."""
+    found = []
+    torch.manual_seed(0)
+    bridge = tiny.factory(kind)(vision=encoder.shape, decoder=tiny.language_model().shape)
+    tiny.open_gates(bridge)
+    for lm in (tiny.language_model(), checkpointing_lms("llama")):
+        model = VisionLanguageModel(encoder, lm, bridge).train()
+        bridge.zero_grad()
+        loss = loss_of(model, seed=0) + loss_of(model, seed=1)
+        with torch.no_grad():
+            loss_of(model, seed=2)
+        loss.backward()
+        model.hooks.remove()
+        found.append([p.grad for p in bridge.parameters()])
+    for without, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, without, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_generation_in_training_mode_with_checkpointing_is_not_changed(
     encoder: VisionEncoder, checkpointing_lms: Callable[[str], LanguageModel]

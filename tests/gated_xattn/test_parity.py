@@ -1,10 +1,10 @@
 """The gated block against HF's IDEFICS-1."""
 
 import parity
-from parity import small
 import pytest
 import torch
 import transformers as hf
+from parity import small
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
 from bridges import Condition

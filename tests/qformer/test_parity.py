@@ -3,11 +3,11 @@
 from functools import partial
 
 import parity
-from parity import small
 import pytest
 import tiny
 import torch
 import transformers as hf
+from parity import small
 from torch import nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 

@@ -1,18 +1,93 @@
-"""The feature cache: what it answers a sample with that it cannot encode."""
+"""The feature cache: exact, complete, never stale, and what it does with a bad picture."""
+
+import io
+import json
+import logging
 
 import pytest
+import tiny
+import torch
+from PIL import Image
 
-from recipes.cache import cache_features
-from recipes.samples import SampleError
+from bridges.images import open_image
+from recipes.cache import FEATURES_FILE, cache_features, check_cached, mean_patches
+from recipes.samples import decode_caption_sample
 from recipes.shard_writer import write_shards
+from recipes.stream import ShardStream
 
 
-def test_a_sample_without_a_picture_is_named(encoder, tmp_path):
-    shards = write_shards([{"__key__": "s0", "txt": "x"}], tmp_path / "shards", "train")
-    message = (
-        r"train-000000.tar: sample 's0' \(members \['txt'\]\): no picture; "
-        r"expected one of jpg, jpeg, png, webp;"
-    )
-    with pytest.raises(SampleError, match=message):
+def sample(index: int) -> dict[str, object]:
+    png = io.BytesIO()
+    Image.new("RGB", (20, 20), (10 * index, 200 - 5 * index, 90)).save(png, "PNG")
+    return {"__key__": f"s{index}", "png": png.getvalue(), "txt": f"caption {index}"}
+
+
+def read(shards):
+    stream = ShardStream(shards, decode_caption_sample, seed=0, shuffle=False)
+    return list(stream.iterate())
+
+
+def test_features_are_the_encoders_own(encoder, tmp_path):
+    shards = write_shards(map(sample, range(7)), tmp_path / "shards", "train", samples_per_shard=3)
+    cached = cache_features(shards, encoder, tmp_path / "cache", batch_size=2)
+    samples = read(cached)
+    assert [s["captions"] for s in samples] == [[f"caption {i}"] for i in range(7)]
+    for index, found in enumerate(samples):
+        pixels = encoder.preprocess(open_image(sample(index)["png"]))
+        expected = encoder.encode(pixels[None, None]).patches[0, 0]
+        torch.testing.assert_close(found["features"].float(), expected, rtol=1e-3, atol=1e-3)
+    mean = torch.stack([s["features"].float() for s in samples]).mean(dim=0)
+    torch.testing.assert_close(mean_patches(cached), mean)
+
+
+def test_the_cache_is_complete_on_every_rank(encoder, tmp_path, monkeypatch):
+    """A rank that encoded its own share only would train on a part of the pictures."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    shards = write_shards(map(sample, range(7)), tmp_path / "shards", "train")
+    assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 7
+
+
+def test_a_changed_shard_or_encoder_is_encoded_anew(encoder, tmp_path):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    first = cache_features(shards, encoder, tmp_path / "cache")
+    assert cache_features(shards, encoder, tmp_path / "cache") == first
+    assert cache_features(first, encoder, tmp_path / "cache") == first
+    other = tiny.vision_encoder("clip", layer=-2)
+    assert cache_features(shards, other, tmp_path / "cache") != first
+    write_shards(map(sample, range(1, 4)), tmp_path / "shards", "train", overwrite=True)
+    assert cache_features(shards, encoder, tmp_path / "cache") != first
+
+
+def test_features_of_another_encoder_are_refused(encoder, tmp_path):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache")
+    check_cached(cached, encoder)
+    with pytest.raises(ValueError, match="found features of encoder"):
+        check_cached(cached, tiny.vision_encoder("siglip"))
+
+
+def test_an_interrupted_cache_is_filled_again(encoder, tmp_path):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache")
+    described = cached[0].parent / FEATURES_FILE
+    assert json.loads(described.read_text())["encoder"] == encoder.fingerprint
+    described.unlink()
+    cached[0].write_bytes(b"half a shard")
+    assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 3
+
+
+@pytest.mark.parametrize(
+    "bad", [{"txt": "x"}, {"txt": "x", "png": b"no picture"}], ids=["missing", "undecodable"]
+)
+def test_a_bad_picture_is_named(encoder, tmp_path, caplog, bad):
+    samples = [sample(0), {"__key__": "bad", **bad}, sample(1)]
+    shards = write_shards(samples, tmp_path / "shards", "train")
+    with pytest.raises(ValueError, match=r"train-000000.tar: sample 'bad'.*"):
         cache_features(shards, encoder, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
+    assert left == []
+    with caplog.at_level(logging.WARNING):
+        kept = cache_features(shards, encoder, tmp_path / "cache", on_error="skip")
+    assert [s["key"] for s in read(kept)] == ["s0", "s1"]
+    assert "sample 'bad'" in caplog.text

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,9 @@ def test_every_shipped_config_trains(on_disk, tmp_path, config):
         for key in resampler.get("init_args", {})
         if key in small
     ]
-    arguments = on_disk.arguments(tmp_path / "run", *more, "--trainer.max_steps=1")
+    arguments = on_disk.arguments(
+        tmp_path / "run", *more, "--trainer.max_steps=1", "--trainer.devices=1"
+    )
     kept = [a for a in arguments if not a.startswith(("--config", "--model.bridge"))]
     layer = ["--model.vision.layer=-2"] if "layer" in shipped["model"]["vision"] else []
     done = train([f"--config={config}", *kept, *more, *layer])
@@ -130,6 +134,26 @@ def test_lora_trains_beside_the_bridge(on_disk, tmp_path):
     for name, tensor in before.items():
         candidates = [name, name.replace(".weight", ".base_layer.weight")]
         assert any(n in after and torch.equal(after[n], tensor) for n in candidates), name
+
+
+def test_two_ranks_train_one_bridge(on_disk, tmp_path):
+    """In processes of their own, as a user starts them; gloo on the CPU."""
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=5"]
+    cache = f"--data.feature_cache={tmp_path / 'features'}"
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", "train", *on_disk.arguments(run, *more, cache)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the bridge is in") == 1
+    assert json.loads((run / "provenance.json").read_text())["steps"] == 5
+    # 30 samples for 2 ranks in batches of 4: three steps an epoch, both ranks alike.
+    epochs = torch.load(run / LAST, weights_only=True)["epoch"]
+    assert epochs == 1
+    assert bridges.load(run)
 
 
 def test_captions_from_the_command_line(run, on_disk, tmp_path, capsys):

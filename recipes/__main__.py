@@ -1,0 +1,5 @@
+"""`python -m recipes`: the `bridges` command."""
+
+from recipes.cli import console
+
+console()
