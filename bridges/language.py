@@ -145,8 +145,11 @@ class LanguageModel(Frozen):
         extra: dict[str, Any] = {}
         if quantize is not None:
             extra["quantization_config"] = _quantization(quantize)
+        resolved = resolve_dtype(dtype)
+        if resolved == torch.bfloat16 and not torch.cuda.is_available():
+            extra["attn_implementation"] = "eager"  # see `bridges.attention.attend`
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(dtype), **extra)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=resolved, **extra)
         add_image_token(tokenizer, image_token)
         return cls(
             model,

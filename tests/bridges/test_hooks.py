@@ -94,6 +94,7 @@ def test_attention_output_is_what_joins_the_residual_stream(lm: Any):
     ids = torch.arange(10, 10 + T)[None]
     silenced = copy.deepcopy(lm)
     attention = silenced.get_submodule(decoder_sites(lm).attention.format(i=1))
+    assert "Attention" in type(attention).__name__
     # The projection back into the residual stream is the last linear layer of the module.
     projection = [m for m in attention.modules() if isinstance(m, nn.Linear | Conv1D)][-1]
     for parameter in projection.parameters():

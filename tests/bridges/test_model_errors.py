@@ -115,8 +115,8 @@ def test_more_placeholders_than_the_context_holds(vlm: VisionLanguageModel):
     prompt = "<image>" * 43  # × 3 tokens = 129 of 128
     text, features = tiny.batch_of(vlm, [prompt], [""])
     message = (
-        r"found 130 positions \(3 placeholders an image, text and new tokens\); expected at most 128, the LM's "
-        "context length: use fewer images, fewer tokens per image or less text"
+        r"found 130 positions \(3 placeholders an image, text and new tokens\); expected at most "
+        "128, the LM's context length: use fewer images, fewer tokens per image or less text"
     )
     with pytest.raises(ValueError, match=message):
         run(vlm, text, features)
