@@ -84,10 +84,18 @@ class Attention(nn.Module):
         """Keys and values of a memory: (b, s, d_memory) -> two (b, h, s, d_head)."""
         k = rearrange(self.k(memory), "b s (h d) -> b h s d", h=self.num_heads)
         v = rearrange(self.v(memory), "b s (h d) -> b h s d", h=self.num_heads)
-        return self.k_norm(k), v
+        return _normalise(self.k_norm, k), v
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Shape: x (b, t, d), kv from `project`, mask bool (b, 1|h, t, s) -> (b, t, d)."""
-        q = self.q_norm(rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads))
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
+        q = _normalise(self.q_norm, q)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
+
+
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norms in the precision of their weights; autocast leaves RMSNorm to its inputs' type."""
+    if isinstance(norm, nn.Identity):
+        return x
+    return norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)
