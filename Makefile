@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs wheel clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(INSTALLED)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bridges.contract import VisionFeatures
-from bridges.images import open_image
+from bridges.images import open_image, upright_rgb
 from bridges.model import VisionLanguageModel
 
 
@@ -32,11 +32,8 @@ def caption(
     """
     captions: list[str] = []
     for start in range(0, len(images), batch_size):
-        opened = [
-            image if isinstance(image, Image.Image) else open_image(_source(image))
-            for image in images[start : start + batch_size]
-        ]
-        pixels = torch.stack([model.vision.preprocess(image.convert("RGB")) for image in opened])
+        opened = map(_open, images[start : start + batch_size])
+        pixels = torch.stack([model.vision.preprocess(image) for image in opened])
         features = model.vision.encode(pixels[:, None])
         captions += caption_features(model, features, prompt=prompt, **options)
     return captions
@@ -61,5 +58,7 @@ def caption_features(
     return [t.strip() for t in model.lm.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _source(image: str | Path | bytes) -> Path | bytes:
-    return image if isinstance(image, bytes) else Path(image)
+def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
+    return open_image(image if isinstance(image, bytes) else Path(image))

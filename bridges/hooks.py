@@ -17,8 +17,8 @@ class DecoderHooks:
     The LM's weights, state-dict keys and methods stay untouched. Without a condition (the LM is
     called on its own) every hook passes the activations through unchanged.
 
-    The condition is kept after a forward pass that needs gradients: a gradient-checkpointed
-    block runs again, hooks included, in backward (see `SameCondition`).
+    The condition stands while the LM runs, and no longer. Where a gradient-checkpointed block
+    runs again in backward, hooks included, `SameCondition` puts it back.
 
     Raises:
         ValueError: an unknown LM type, a layer that the LM does not have, or an unknown site.
@@ -97,8 +97,8 @@ class DecoderHooks:
 class SameCondition:
     """Puts the condition of its making back while a checkpointed block runs again in backward.
 
-    Other forward passes may come before the backward of this one: a second data set's, a
-    validation pass. A class, because backward with ``retain_graph`` enters it more than once.
+    By then it is gone, or another forward pass has set its own. A class, because backward with
+    ``retain_graph`` enters it more than once.
     """
 
     def __init__(self, hooks: DecoderHooks) -> None:

@@ -59,10 +59,7 @@ def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.I
                     f"{name} is {width}×{height} = {width * height:,} pixels; expected at most "
                     f"{max_pixels:,}: scale it down first or raise max_pixels"
                 )
-            image.load()
-            rgb = _to_rgb(image, name)
-            # Read after load(): Pillow turns a TIFF upright by itself and drops the tag.
-            upright = _UPRIGHT.get(_orientation(image))
+            rgb = upright_rgb(image, name)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -77,8 +74,20 @@ def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.I
             f"{name} cannot be decoded: {type(error).__name__}: {error}; expected a complete "
             f"file in one of {', '.join(FORMATS)}: fetch it again or leave it out"
         ) from error
-    if upright is not None:
-        rgb = rgb.transpose(upright)
+    return rgb
+
+
+def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """An opened picture as upright RGB, by the rules of `open_image`.
+
+    Raises:
+        ImageError: 32-bit samples.
+    """
+    image.load()
+    rgb = _to_rgb(image, name)
+    # Read after load(): Pillow turns a TIFF upright by itself and drops the tag.
+    upright = _UPRIGHT.get(_orientation(image))
+    rgb = rgb.transpose(upright) if upright is not None else rgb.copy()
     # What was applied must not be found, and applied a second time, further on.
     rgb.info.clear()
     return rgb

@@ -1,5 +1,6 @@
 """The frozen causal LM, its tokenizer and its placeholder for images."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,7 +60,8 @@ class LanguageModel(Frozen):
             every dropout set to zero.
 
     Raises:
-        ValueError: an unknown LM type, or a vocabulary without a placeholder id.
+        ValueError: an unknown LM type, a vocabulary without a placeholder id or an EOS, embeddings
+            of another width than the LM, or a head that scales its logits.
     """
 
     def __init__(
@@ -77,6 +79,11 @@ class LanguageModel(Frozen):
             raise ValueError(
                 f"found a vocabulary of {len(tokenizer)} tokens without {image_token!r}; expected "
                 "a placeholder id: call bridges.add_image_token(tokenizer) first"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "found a tokenizer without an EOS token; expected one, it ends every caption: set "
+                "tokenizer.eos_token"
             )
         self.model: Any = freeze(model)
         self.tokenizer = tokenizer
@@ -145,11 +152,22 @@ class LanguageModel(Frozen):
         extra: dict[str, Any] = {}
         if quantize is not None:
             extra["quantization_config"] = _quantization(quantize)
+            if torch.cuda.is_available():  # bitsandbytes quantises on the way to the rank's GPU
+                extra["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
         resolved = resolve_dtype(dtype)
         if resolved == torch.bfloat16 and not torch.cuda.is_available():
             extra["attn_implementation"] = "eager"  # see `bridges.attention.attend`
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=resolved, **extra)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=resolved, output_loading_info=True, **extra
+        )
+        model, report = loaded
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(
+                f"found no {missing[0]} at {name!r} ({len(missing)} weights missing); expected a "
+                f"whole {type(model).__name__}, these would be random: fetch the checkpoint again"
+            )
         add_image_token(tokenizer, image_token)
         return cls(
             model,

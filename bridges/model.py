@@ -224,9 +224,10 @@ class VisionLanguageModel(nn.Module):
         output = self.bridge(self._matched(vision), text)
         embeddings = self._fill(input_ids, output, vision)
         self._condition(input_ids, output, vision)
-        hidden = self.lm.hidden(embeddings, attention_mask)
-        if not torch.is_grad_enabled():
-            # Kept for backward only: the LM, used on its own or by another bridge, is unchanged.
+        try:
+            hidden = self.lm.hidden(embeddings, attention_mask)
+        finally:
+            # The LM, used on its own or by another bridge, is unchanged.
             self.hooks.condition = None
         return output, hidden
 

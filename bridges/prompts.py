@@ -36,6 +36,15 @@ class TextBatch:
             self.truncated,
         )
 
+    def pin_memory(self) -> "TextBatch":
+        """The same batch in page-locked memory."""
+        return TextBatch(
+            self.input_ids.pin_memory(),
+            self.attention_mask.pin_memory(),
+            self.labels.pin_memory(),
+            self.truncated,
+        )
+
 
 @dataclass(frozen=True)
 class PromptEncoder:
@@ -86,6 +95,15 @@ class PromptEncoder:
             mask[row, start : start + size] = True
             labels[row, start + len(head) : start + size] = torch.tensor(tail, dtype=torch.long)
         return TextBatch(ids, mask, labels, truncated)
+
+    def caption(self, prompt: str, caption: str) -> str:
+        """A caption as the completion of a prompt: after text, it begins with a space.
+
+        Prompt and completion are tokenised apart, so that "A photo of" and "a cat" would else
+        run into one word.
+        """
+        apart = not prompt or prompt.endswith((self.image_token, " ", "\n"))
+        return caption if apart else f" {caption}"
 
     def _prompt(self, prompt: str) -> list[int]:
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)

@@ -1,14 +1,16 @@
 """Run directories: a trained bridge on disk, and the frozen ends that it belongs to."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bridges.build import bridge_factory
+from bridges.files import staged, write_json
 from bridges.language import IMAGE_TOKEN, LanguageModel, LoRA
 from bridges.model import VisionLanguageModel
 from bridges.precision import Precision
@@ -80,16 +82,11 @@ class RunSpec:
 
 def save_run(folder: Path, model: VisionLanguageModel, spec: RunSpec) -> None:
     """Writes the trained weights and `run.json`; the frozen ends are named, not stored."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {n: t.detach().cpu().contiguous() for n, t in model.trainable_state().items()}
-    weights = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(state, weights)
-    os.replace(weights, folder / WEIGHTS_FILE)
+    with staged(folder / WEIGHTS_FILE) as path:
+        save_file(state, path)
     fingerprints = {"vision": model.vision.fingerprint, "lm": model.lm.fingerprint}
-    text = json.dumps(asdict(spec) | {"fingerprints": fingerprints}, indent=2)
-    described = folder / f".{RUN_FILE}.{os.getpid()}"
-    described.write_text(text + "\n", encoding="utf-8")
-    os.replace(described, folder / RUN_FILE)
+    write_json(folder / RUN_FILE, asdict(spec) | {"fingerprints": fingerprints})
 
 
 def read_run(folder: Path) -> RunSpec:
@@ -104,14 +101,20 @@ def read_run(folder: Path) -> RunSpec:
             f"found no {' and no '.join(missing)} in {folder}; expected a run directory: give the "
             "folder that `bridges train --run` wrote to"
         )
-    raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"found a run of format {raw.get('format')!r}; expected {FORMAT}")
-    lora = raw["lm"].pop("lora")
-    lm = LanguageSource(**raw["lm"], lora=LoRA(**lora) if lora else None)
-    return RunSpec(
-        VisionSource(**raw["vision"]), lm, raw["bridge"], raw["prompt"], raw["fingerprints"]
-    )
+    try:
+        raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise ValueError(f"format {raw['format']!r} in place of {FORMAT}")
+        lora = raw["lm"].pop("lora")
+        lm = LanguageSource(**raw["lm"], lora=LoRA(**lora) if lora else None)
+        return RunSpec(
+            VisionSource(**raw["vision"]), lm, raw["bridge"], raw["prompt"], raw["fingerprints"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"found a {RUN_FILE} in {folder} that does not describe a run ({error!r}); expected "
+            "the file as `bridges train` wrote it: restore it, or train again"
+        ) from error
 
 
 def check_fingerprints(
@@ -133,7 +136,11 @@ def check_fingerprints(
 
 
 def load(
-    run: str | Path, *, vision: VisionEncoder | None = None, lm: LanguageModel | None = None
+    run: str | Path,
+    *,
+    vision: VisionEncoder | None = None,
+    lm: LanguageModel | None = None,
+    device: str | torch.device | None = None,
 ) -> VisionLanguageModel:
     """Loads a trained bridge with its frozen ends, ready for captions.
 
@@ -141,9 +148,10 @@ def load(
         run: a run directory.
         vision: the encoder, if it is loaded already; else loaded by the name in the run.
         lm: the LM, likewise.
+        device: where to put the model; the GPU if there is one, else the CPU, by default.
 
     Raises:
-        ValueError: no run there, or frozen ends that the bridge does not belong to.
+        ValueError: no run there, a damaged one, or frozen ends that the bridge does not belong to.
     """
     folder = Path(run)
     spec = read_run(folder)
@@ -153,5 +161,12 @@ def load(
     lm = lm or LanguageModel.load(**vars(spec.lm))
     check_fingerprints(spec.fingerprints, vision, lm, str(folder))
     model = VisionLanguageModel.connect(vision, lm, bridge, prompt=spec.prompt)
-    model.load_trainable_state(load_file(folder / WEIGHTS_FILE))
-    return model.eval()
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(
+            f"found {folder / WEIGHTS_FILE} damaged ({error}); expected the file as it was "
+            "written: copy it again"
+        ) from error
+    model.load_trainable_state(state)
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

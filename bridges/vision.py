@@ -1,5 +1,6 @@
 """The frozen vision encoder: images in, patches of one chosen layer out."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class VisionEncoder(Frozen):
         self.shape = VisionShape(
             features.patches.shape[-1], features.patches.shape[2], features.grid
         )
-        self.fingerprint = f"{fingerprint(model)}-{layer}-{'patches' if drop_prefix else 'all'}"
+        tokens = "patches" if drop_prefix else "all"
+        self.fingerprint = f"{fingerprint(model)}-{_look(preprocess)}-{layer}-{tokens}"
         self.eval()
 
     @classmethod
@@ -130,6 +132,16 @@ class VisionEncoder(Frozen):
         patch = config.patch_size
         rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
         return size[0] // rows, size[1] // columns
+
+
+def _look(preprocess: Preprocess) -> str:
+    """A digest of what a preprocessing does, coarse enough to hold across library versions."""
+    ramp = torch.linspace(0, 255, 96 * 64).reshape(64, 96).byte().numpy()
+    picture = Image.merge("RGB", [Image.fromarray(channel) for channel in (ramp, ramp[::-1], ramp)])
+    pixels = preprocess(picture).float()
+    coarse = torch.nn.functional.adaptive_avg_pool2d(pixels[None], 2).flatten()
+    seen = (tuple(pixels.shape), [round(float(x), 1) + 0.0 for x in coarse])
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
 
 
 def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:

@@ -34,6 +34,10 @@ class CaptionBatch:
         images = self.images.to(device, non_blocking=True)
         return replace(self, text=self.text.to(device), images=images)
 
+    def pin_memory(self) -> "CaptionBatch":
+        """In page-locked memory, from which a GPU copies while it computes."""
+        return replace(self, images=self.images.pin_memory(), text=self.text.pin_memory())
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -77,7 +81,8 @@ class CaptionCollator:
     grid: tuple[int, int]
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> CaptionBatch:
-        text = self.encode([self.prompt] * len(samples), [s["captions"][0] for s in samples])
+        captions = [self.encode.caption(self.prompt, s["captions"][0]) for s in samples]
+        text = self.encode([self.prompt] * len(samples), captions)
         cached = "features" in samples[0]
         images = torch.stack([s["features" if cached else "image"] for s in samples])[:, None]
         described = [{k: s[k] for k in ("key", "captions", "meta")} for s in samples]

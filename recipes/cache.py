@@ -15,6 +15,7 @@ from filelock import FileLock
 from rich.progress import Progress
 
 from bridges import VisionEncoder
+from bridges.files import write_json
 from bridges.images import open_image
 from recipes.samples import image_extension
 from recipes.shard_files import expand_shards, shard_digest
@@ -72,7 +73,7 @@ def cache_features(
                 "shards": dict(zip((path.name for path in paths), digests, strict=True)),
             }
             # Written last: a folder without it is an interrupted run, and is filled again.
-            (folder / FEATURES_FILE).write_text(json.dumps(described, indent=2))
+            write_json(folder / FEATURES_FILE, described)
     return sorted(folder.glob(PATTERN))
 
 
@@ -125,15 +126,19 @@ def _encoded(
     def keep(raw: dict[str, Any]) -> dict[str, Any] | None:
         try:
             picture = open_image(raw[image_extension(raw)])
+            text = {"txt": raw["txt"].decode()} if "txt" in raw else {}
+            meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
         except ValueError as error:
             where = f"{raw['__shard__']}: sample {raw['__key__']!r}"
             if on_error == "raise":
                 raise ValueError(f"{where}: {error}") from error
             logger.warning("left out %s: %s", where, error)
             return None
-        text = {k: raw[k].decode() for k in ("txt",) if k in raw}
-        meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
-        return {"__key__": raw["__key__"], "pixels": encoder.preprocess(picture), **text, **meta}
+        # A key is unique in its shard only.
+        key = f"{places[raw['__shard__']]:05d}-{raw['__key__']}"
+        return {"__key__": key, "pixels": encoder.preprocess(picture), **text, **meta}
+
+    places = {str(path): place for place, path in enumerate(paths)}
 
     stream = ShardStream(list(paths), keep, seed=0, shuffle=False)
     # One consumer, also where several ranks train: each of them needs every picture.

@@ -1,6 +1,5 @@
 """Checkpoints for resuming: whole on disk or not there, and never code."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from bridges.files import staged
 
 LAST = Path("checkpoints/last.ckpt")
 """Where a run keeps the checkpoint that it resumes from, relative to its folder."""
@@ -23,17 +24,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Saves to a temporary file of the same folder, syncs, renames."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with staged.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, target)
-        finally:
-            staged.unlink(missing_ok=True)
+        with staged(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -43,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Callback):
-    """Keeps one checkpoint to resume from: every n steps, and after the last batch of an epoch.
+    """Keeps one checkpoint to resume from: every n steps, and after the very last one.
 
     Lightning's ModelCheckpoint, when it saves as training ends in mid-epoch, notes the epoch as
     complete; a run resumed from there would leave out the rest of it.
@@ -58,11 +50,17 @@ class LastCheckpoint(Callback):
         self.every = every
         self._saved_at = 0
 
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """The step that training resumes from is on disk already."""
+        self._saved_at = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves where due."""
+        """Saves where due; between two steps of accumulated gradients nothing is."""
         step = trainer.global_step
-        last = step == trainer.max_steps or trainer.is_last_batch
-        due = last or (step % self.every == 0 and step != self._saved_at)
-        if due and step:
+        if step == self._saved_at:
+            return
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        ending = step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
+        if ending or step % self.every == 0:
             trainer.save_checkpoint(self.path)
             self._saved_at = step

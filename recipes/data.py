@@ -15,7 +15,8 @@ from recipes.cache import cache_features, check_cached
 from recipes.shard_files import expand_shards
 from recipes.stream import ShardStream
 
-HELD_OUT_SPLITS = ("val", "dev", "test")
+HELD_OUT_SPLITS = ("val", "dev")
+"""Never "test": what a run is watched on is not what it is measured on."""
 
 
 class SizedLoader(DataLoader[CaptionBatch]):
@@ -68,7 +69,7 @@ class CaptionData(L.LightningDataModule):
 
     Args:
         shards: paths with braces or globs, or a folder. In a folder with ``train-*.tar`` those
-            are for training and ``val-*``, ``dev-*`` or ``test-*`` for validation.
+            are for training and ``val-*`` or ``dev-*`` for validation.
         val_shards: shards to validate on; found in the folder of `shards` by default.
         batch_size: per rank.
         num_workers: processes that decode pictures on each rank.
@@ -104,11 +105,16 @@ class CaptionData(L.LightningDataModule):
         self.source_shards = [*self.train_shards, *self.held_out_shards]
         self._train: ShardStream[Any] | None = None
 
-    def connect(self, model: VisionLanguageModel) -> None:
+    def connect(self, model: VisionLanguageModel, world_size: int = 1) -> None:
         """Fits the stream to a model: its preprocessing, its tokenizer, its features.
 
+        Args:
+            model: to train or to score; its encoder fills the feature cache where it is now.
+            world_size: number of ranks that share the training samples.
+
         Raises:
-            ValueError: the prompt alone fills the LM's context, or features of another encoder.
+            ValueError: the prompt alone fills the LM's context, features of another encoder, or
+                fewer samples than the ranks and workers need for a batch each.
         """
         model.check_length(model.prompt_encoder()([model.prompt]).input_ids.shape[1] + 1)
         if self.feature_cache is not None:
@@ -122,52 +128,43 @@ class CaptionData(L.LightningDataModule):
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
         check_cached([*self.train_shards, *self.held_out_shards], model.vision)
         self._model = model
+        self._world_size = world_size
         self._train = self._stream(self.train_shards, training=True)
-
-    def setup(self, stage: str) -> None:
-        """Lightning calls this on every rank before training."""
-        assert self.trainer is not None
-        model: Any = self.trainer.lightning_module.vlm
-        # Lightning moves the model to its device only later; features are computed now.
-        model.vision.to(self.trainer.strategy.root_device)
-        self.connect(model)
-        if not self._batches():
-            assert self._train is not None
+        if not self.batches_per_epoch():
             raise ValueError(
                 f"found {self._train.total_samples} samples for batches of {self.batch_size} on "
-                f"{self.trainer.world_size} ranks × {max(1, self.num_workers)} workers; expected "
-                "at least one batch each: lower data.batch_size or data.num_workers"
+                f"{world_size} ranks × {max(1, self.num_workers)} workers; expected at least one "
+                "batch each: lower data.batch_size or data.num_workers"
             )
+
+    def batches_per_epoch(self) -> int:
+        """Training batches of an epoch on each rank."""
+        assert self._train is not None
+        return self._train.num_batches(
+            self.batch_size,
+            world_size=self._world_size,
+            num_workers=self.num_workers,
+            drop_last=True,
+        )
 
     def train_dataloader(self) -> SizedLoader:
         """The rest of the current epoch; asked for anew before each."""
         assert self.trainer is not None and self._train is not None
         self._train.set_epoch(self.trainer.current_epoch)
-        return self._loader(self._train, self.num_workers, self._batches(), drop_last=True)
+        return self._loader(self._train, self.num_workers, self.batches_per_epoch(), drop_last=True)
 
     def val_dataloader(self) -> SizedLoader | list[Any]:
         """The held-out pictures, in order; none if there are no held-out shards."""
         if not self.held_out_shards:
             return []
         stream = self._stream(self.held_out_shards, training=False)
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        batches = stream.num_batches(self.batch_size, world_size=world_size)
+        batches = stream.num_batches(self.batch_size, world_size=self._world_size)
         return self._loader(stream, 0, batches, drop_last=False)
 
     @property
     def skipped(self) -> dict[str, int]:
         """Bad samples by kind, of this process."""
         return dict(self._train.skipped) if self._train is not None else {}
-
-    def _batches(self) -> int:
-        """Training batches of an epoch on each rank."""
-        assert self.trainer is not None and self._train is not None
-        return self._train.num_batches(
-            self.batch_size,
-            world_size=self.trainer.world_size,
-            num_workers=self.num_workers,
-            drop_last=True,
-        )
 
     def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
         return ShardStream(

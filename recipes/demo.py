@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 import bridges
 from bridges.embedded import cache_dir, fetch
+from bridges.files import write_json, write_text
+from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import report
 from recipes.cache import mean_patches
 from recipes.data import CaptionData
@@ -33,6 +36,21 @@ SCENES = {"train": 10080, "val": 400}
 
 SCENES_VERSION = 1
 """Raise it when scenes change: the folder of the shards is named by it."""
+
+SCORED_DATA = ("--data=", "--data.shards", "--data.val_shards", "--data.on_error")
+"""Overrides that would have scoring read other data than training."""
+
+RUN_FILES = (
+    RUN_FILE,
+    WEIGHTS_FILE,
+    PROVENANCE_FILE,
+    "config.yaml",
+    CSV_LOGS,
+    "tensorboard",
+    "checkpoints",
+    ".*",
+)
+"""What a run directory holds; staged files begin with a dot."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,7 +92,16 @@ def demo(
         data: folder of shards; emoji scenes by default.
         names: bridges to train, see `BRIDGES`.
         overrides: further arguments of `bridges train`.
+
+    Raises:
+        ValueError: an override of the data, which scoring would not see.
     """
+    for override in overrides:
+        if override.startswith(SCORED_DATA):
+            raise ValueError(
+                f"found override {override!r}; expected none of the data: scoring reads it too, "
+                "give --data alone or use `bridges train`"
+            )
     console = Console()
     shards = data or scene_shards(console)
     results: dict[str, Any] = {}
@@ -89,16 +116,18 @@ def demo(
                 f"--data={shards}",
                 f"--data.feature_cache={cache_dir() / 'features'}",
                 f"--run={run}",
+                # Scoring follows in this process: it must be the only one.
+                "--trainer.devices=1",
                 *overrides,
             ]
         )
         console.rule(f"scoring {name} on held-out pictures")
         results[name], shown[name] = score_run(run, shards)
     summary = {"data": str(data) if data else "emoji scenes", "bridges": results}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     curves = {name: loss_curves(out / name) for name in names}
     page = report.render(summary, curves, shown, report.pictures(shards))
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     report.print_summary(summary, console)
     console.print(f"open {out / 'report.html'}")
     return summary
@@ -111,10 +140,11 @@ def scene_shards(console: Console) -> Path:
     if done.is_file():
         return folder
     emoji = fetch("emoji")
-    with console.status("drawing emoji scenes"):
+    lock = FileLock(cache_dir() / f"{folder.name}.lock")
+    with lock, console.status("drawing emoji scenes"):
         for split, n in SCENES.items():
             write_shards(scene_samples(n, 0, split, emoji), folder, split, overwrite=True)
-    done.write_text(json.dumps({"scenes": SCENES, "seed": 0}) + "\n", encoding="utf-8")
+        write_json(done, {"scenes": SCENES, "seed": 0})
     return folder
 
 
@@ -168,8 +198,17 @@ def loss_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _clear(run: Path) -> None:
-    """Removes what an earlier demo left in its own run folder, and nothing else."""
-    if (run / PROVENANCE_FILE).is_file() or not run.exists():
-        shutil.rmtree(run, ignore_errors=True)
+    """Removes what an earlier demo left in its own run folder, and nothing else.
+
+    Raises:
+        ValueError: the folder holds something that no run writes.
+    """
+    if not run.exists():
         return
-    raise ValueError(f"found {run}, which is no run of the demo; give another --out")
+    foreign = [p.name for p in run.iterdir() if not any(map(p.match, RUN_FILES))]
+    if foreign:
+        raise ValueError(
+            f"found {foreign[0]} in {run}; expected nothing but an earlier run of the demo: give "
+            "another --out, or move it"
+        )
+    shutil.rmtree(run)

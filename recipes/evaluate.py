@@ -68,7 +68,10 @@ def caption_nll(
     ]
     total, count = 0.0, 0
     for chunk in track(list(_chunks(pairs, batch_size)), title, transient=True):
-        rows, captions = [row for row, _ in chunk], [text for _, text in chunk]
+        rows, captions = (
+            [row for row, _ in chunk],
+            [encode.caption(model.prompt, c) for _, c in chunk],
+        )
         text = encode([model.prompt] * len(captions), captions).to(model.lm.device)
         with _autocast(model):
             output = model(

@@ -1,5 +1,6 @@
 """One Lightning module for every generative bridge."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from bridges import (
     BridgeFactory,
     LanguageModel,
     LanguageSource,
+    ModelOutput,
     VisionEncoder,
     VisionLanguageModel,
     VisionSource,
@@ -79,12 +81,7 @@ class CaptionModule(L.LightningModule):
 
     def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
         """Caption loss of a batch, in nats per token, plus the bridge's own losses."""
-        output = self.vlm(
-            batch.text.input_ids,
-            batch.text.attention_mask,
-            batch.text.labels,
-            batch.features(self.vlm.vision),
-        )
+        output = self._forward(batch)
         if not torch.isfinite(output.loss):
             raise RuntimeError(
                 f"found a loss of {output.loss.item()} at step {self.global_step}; expected a "
@@ -100,12 +97,7 @@ class CaptionModule(L.LightningModule):
 
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
         """Held-out caption loss per token."""
-        output = self.vlm(
-            batch.text.input_ids,
-            batch.text.attention_mask,
-            batch.text.labels,
-            batch.features(self.vlm.vision),
-        )
+        output = self._forward(batch)
         self.val_nll.update(output.token_losses.mean(), len(output.token_losses))
         self.log("val_loss", self.val_nll, prog_bar=True, batch_size=len(batch))
 
@@ -125,13 +117,37 @@ class CaptionModule(L.LightningModule):
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             options.warmup_steps,
-            int(self.trainer.estimated_stepping_batches),
+            self._total_steps(),
             min_lr=options.min_lr,
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _forward(self, batch: CaptionBatch) -> ModelOutput:
+        text = batch.text
+        features = batch.features(self.vlm.vision)
+        return self.vlm(text.input_ids, text.attention_mask, text.labels, features)
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Not Lightning's estimate: that makes the loader before it knows that a run is resumed,
+        and the loader then begins its epoch again.
+        """
+        trainer = self.trainer
+        totals = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            steps = math.ceil(data.batches_per_epoch() / trainer.accumulate_grad_batches)
+            totals.append(steps * trainer.max_epochs)
+        if not totals:
+            raise ValueError(
+                "found neither trainer.max_steps nor trainer.max_epochs; expected one of them: "
+                "the learning rate falls until then"
+            )
+        return min(totals)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The trainable part alone: frozen weights stay out of checkpoints."""

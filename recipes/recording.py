@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bridges import RunSpec, save_run
-from recipes.batch import CaptionBatch
+from bridges.files import write_json, write_text
 from recipes.data import CaptionData
 from recipes.module import CaptionModule
 from recipes.shard_files import shard_digest
@@ -37,23 +37,6 @@ PROVENANCE_FILE = "provenance.json"
 logger = logging.getLogger(__name__)
 
 
-class Throughput(Callback):
-    """Shows samples per second, over all ranks, without the time of validation."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Logs the rate of this batch."""
-        assert isinstance(batch, CaptionBatch)
-        seconds = time.perf_counter() - self._start
-        rate = len(batch) * trainer.world_size / seconds
-        module.log("samples_per_s", rate, prog_bar=True, batch_size=len(batch))
-
-
 class RunRecorder(Callback):
     """Writes config, provenance and the trained bridge into the run directory.
 
@@ -69,20 +52,25 @@ class RunRecorder(Callback):
         self.spec = spec
         self.config = config
         self.seed = seed
+        self._before = 0.0
+        self._start = time.perf_counter()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Config and provenance, before the first step."""
+        self._start = time.perf_counter()
         if not trainer.is_global_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config, encoding="utf-8")
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(data, CaptionData) and isinstance(pl_module, CaptionModule)
+        assert isinstance(data, CaptionData)
+        assert isinstance(pl_module, CaptionModule)
+        write_text(self.folder / "config.yaml", self.config)
         provenance = {
             "command": sys.argv,
+            "first_step": trainer.global_step,
             "python": sys.version.split()[0],
             "packages": _versions(),
             "git_revision": _git_revision(),
+            "precision": str(trainer.precision),
             "seed": self.seed,
             "data_seed": data.seed,
             "fingerprints": {
@@ -93,27 +81,35 @@ class RunRecorder(Callback):
             "frozen_parameters": count_parameters(pl_module, trainable=False),
             "shards": {str(p): shard_digest(p) for p in data.source_shards},
         }
-        self._write(provenance)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
+        path = self.folder / PROVENANCE_FILE
+        if trainer.global_step and path.is_file():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            provenance["earlier_starts"] = [*earlier.pop("earlier_starts", []), earlier]
+        write_json(path, provenance)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The bridge itself, and the samples that were skipped."""
         assert isinstance(pl_module, CaptionModule)
         if trainer.is_global_zero:
             save_run(self.folder, pl_module.vlm, self.spec)
-            written = json.loads((self.folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-            seconds = round(time.perf_counter() - self._start, 1)
-            self._write(written | {"steps": trainer.global_step, "seconds": seconds})
+            path = self.folder / PROVENANCE_FILE
+            provenance = json.loads(path.read_text(encoding="utf-8"))
+            done = {"steps": trainer.global_step, "seconds": round(self._seconds(), 1)}
+            write_json(path, provenance | done)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data.skipped:
             logger.warning("skipped samples by kind: %s", data.skipped)
 
-    def _write(self, provenance: dict[str, Any]) -> None:
-        text = json.dumps(provenance, indent=2)
-        (self.folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
+    def state_dict(self) -> dict[str, float]:
+        """The seconds so far, for a run that is resumed."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Goes on counting."""
+        self._before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
 
 
 def count_parameters(module: L.LightningModule, *, trainable: bool) -> int:
@@ -136,7 +132,7 @@ def _git_revision() -> str | None:
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

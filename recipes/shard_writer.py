@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from webdataset.writer import TarWriter
 
+from bridges.files import write_json
 from recipes.samples import EXTENSIONS
 from recipes.shard_files import shard_digest
 
@@ -147,7 +148,7 @@ class ShardSet:
             if old.name not in {shard["name"] for shard in written}:
                 old.unlink()
         if manifest is not None:
-            _write_json(self.out / MANIFEST, {"shards": written, **manifest})
+            write_json(self.out / MANIFEST, {"shards": written, **manifest})
         _sync_folder(self.out)
         return written
 
@@ -217,15 +218,6 @@ def _encode(key: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> dic
     if not encoded:
         raise ValueError(f"sample {key!r} has no members; expected a picture and a caption")
     return encoded
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sync_folder(folder: Path) -> None:

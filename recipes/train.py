@@ -10,18 +10,19 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from bridges import LanguageSource, RunSpec, VisionSource
 from bridges.precision import resolve_dtype
-from bridges.run import RUN_FILE
+from bridges.run import RUN_FILE, check_fingerprints
 from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
 from recipes.data import CaptionData, split_shards
 from recipes.module import CaptionModule
-from recipes.recording import RunRecorder, Throughput
+from recipes.progress import StepProgressBar, Throughput
+from recipes.recording import RunRecorder
 
 CSV_LOGS = "csv-*"
 """Folders of the CSV logs in a run directory."""
@@ -62,15 +63,14 @@ class TrainCLI(LightningCLI):
                 f"found no checkpoint at {folder / LAST}; expected one to continue from: leave "
                 "--resume out"
             )
+        if config.trainer.precision is None:
+            bf16 = resolve_dtype("auto") == torch.bfloat16
+            config.trainer.precision = "bf16-mixed" if bf16 else "32-true"
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes everything into the run directory."""
         config: Namespace = self.config
         folder = Path(config.run)
-        options = config.trainer
-        if options.precision is None:
-            bf16 = resolve_dtype("auto") == torch.bfloat16
-            options.precision = "bf16-mixed" if bf16 else "32-true"
         spec = RunSpec(
             VisionSource(**config.model.vision.as_dict()),
             _language_source(config.model.lm),
@@ -78,20 +78,21 @@ class TrainCLI(LightningCLI):
             config.model.prompt,
         )
         dumped = self.parser.dump(config, skip_none=False)
-        recorder = RunRecorder(folder, spec, dumped, seed=config.seed_everything)
         # One CSV for each start: Lightning's logger empties a folder that holds a log already.
         starts = len(list(folder.glob(CSV_LOGS)))
         kwargs["logger"] = [
             CSVLogger(folder, name="", version=f"csv-{starts}"),
             TensorBoardLogger(folder, name="", version="tensorboard"),
         ]
+        instantiated: Any = self.config_init
+        options = instantiated.trainer
         kwargs["callbacks"] = [
             *(options.callbacks or []),
-            *([RichProgressBar(leave=True)] if options.enable_progress_bar is not False else []),
+            *([StepProgressBar()] if options.enable_progress_bar is not False else []),
             RichModelSummary(max_depth=2),
             Throughput(),
             LastCheckpoint(folder / LAST, config.checkpoint_every),
-            recorder,
+            RunRecorder(folder, spec, dumped, seed=config.seed_everything),
         ]
         kwargs["enable_checkpointing"] = False
         kwargs["plugins"] = [AtomicCheckpointIO()]
@@ -135,8 +136,15 @@ def _train(arguments: list[str]) -> Path:
         parser_kwargs={"parser_mode": "omegaconf", "prog": "bridges train"},
     )
     folder = Path(cli.config.run)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
     resume = folder / LAST if cli.config.resume else None
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
+    if resume is not None:
+        belongs = torch.load(resume, map_location="cpu", weights_only=True)["fingerprints"]
+        check_fingerprints(belongs, module.vlm.vision, module.vlm.lm, f"the run in {folder}")
+    # Before fit, which makes folders for its logs: what is refused here leaves nothing behind.
+    module.vlm.vision.to(trainer.strategy.root_device)
+    data.connect(module.vlm, trainer.world_size)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return folder
 
 
@@ -146,7 +154,7 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     previous = ""
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if previous == "--config" or (flag == "--config" and equals):
+        if previous in ("--config", "-c") or (flag == "--config" and equals):
             path = shipped_config(value if equals else argument)
             argument = f"--config={path}" if equals else path
         elif argument == "--data":

@@ -206,7 +206,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path):
 def test_a_run_of_another_format(tmp_path: Path):
     (tmp_path / "run.json").write_text('{"format": 99}')
     (tmp_path / "bridge.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="found a run of format 99; expected 1"):
+    with pytest.raises(ValueError, match="format 99 in place of 1"):
         read_run(tmp_path)
 
 

@@ -89,5 +89,12 @@ def test_a_bad_picture_is_named(encoder, tmp_path, caplog, bad):
     assert left == []
     with caplog.at_level(logging.WARNING):
         kept = cache_features(shards, encoder, tmp_path / "cache", on_error="skip")
-    assert [s["key"] for s in read(kept)] == ["s0", "s1"]
+    assert [s["key"] for s in read(kept)] == ["00000-s0", "00000-s1"]
     assert "sample 'bad'" in caplog.text
+
+
+def test_keys_may_repeat_from_shard_to_shard(encoder, tmp_path):
+    for name in ("train-a", "train-b"):
+        write_shards([sample(0)], tmp_path / "shards" / name, "train")
+    shards = sorted((tmp_path / "shards").rglob("*.tar"))
+    assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 2

@@ -69,6 +69,20 @@ def test_the_same_data_is_not_encoded_twice(on_disk, overrides, finished, tmp_pa
         assert first["bridges"]["soft_prefix"][key] == second["bridges"]["soft_prefix"][key]
 
 
+def test_what_an_interrupted_run_left_is_replaced(on_disk, overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRIDGES_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "out" / "soft_prefix"
+    (run / "csv-0").mkdir(parents=True)
+    (run / ".bridge.safetensors.123").write_text("half")
+    demo(tmp_path / "out", on_disk.shards, ["soft_prefix"], overrides)
+    assert not (run / ".bridge.safetensors.123").exists()
+
+
+def test_other_data_than_is_scored_is_refused(on_disk, tmp_path):
+    with pytest.raises(ValueError, match="override"):
+        demo(tmp_path, on_disk.shards, overrides=["--data.val_shards=elsewhere"])
+
+
 def test_a_folder_that_is_no_run_is_left_alone(on_disk, overrides, tmp_path, capsys):
     kept = tmp_path / "out" / "soft_prefix" / "thesis.tex"
     kept.parent.mkdir(parents=True)
