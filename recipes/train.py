@@ -107,6 +107,7 @@ UNHELPFUL_WARNINGS = (
     # Advice that does not fit: the loader's length is exact, and features need no workers.
     r"Your `IterableDataset` has `__len__` defined",
     r".*does not have many workers",
+    r"Precision .* is not supported by the model summary",
     # The frozen ends are in eval mode, and meant to be.
     r"Found .* module\(s\) in eval mode at the start of training",
 )

@@ -20,7 +20,9 @@ def model(
         encoder, lm, tiny.factory("perceiver_gated"), prompt="see <image>"
     )
     tiny.open_gates(model.bridge)
+    preprocess = encoder.preprocess
     yield model
+    encoder.preprocess = preprocess
     model.hooks.remove()
 
 
@@ -54,6 +56,25 @@ def test_the_prompt_can_be_another(model: VisionLanguageModel, encoder: VisionEn
     assert usual != caption_features(model, features, prompt="Q <image> A", **options)
 
 
-def test_greyscale_and_transparency_are_no_matter(model: VisionLanguageModel):
-    given = [noise(9, 9).convert(mode) for mode in ("L", "RGBA", "CMYK", "P")]
-    assert len(caption(model, given, max_new_tokens=2)) == 4
+@pytest.mark.parametrize("kind", ["transparent", "sideways", "16 bit"])
+def test_a_picture_is_seen_alike_however_it_comes(model: VisionLanguageModel, kind: str):
+    """As a PIL image and as a file: transparency on white, upright, 16 bits scaled."""
+    seen = []
+    model.vision.preprocess = lambda image: seen.append(image.copy()) or tiny.preprocess(image)
+    saved = io.BytesIO()
+    if kind == "transparent":
+        picture = Image.new("RGBA", (9, 9), (255, 0, 0, 0))
+    elif kind == "16 bit":
+        picture = Image.new("I;16", (9, 9), 300)
+    else:
+        picture = noise(9, 5)
+        picture.getexif()[274] = 6  # Orientation: turned by 90°
+    picture.save(saved, "PNG", exif=picture.getexif())
+    with Image.open(saved) as opened:
+        caption(model, [opened, saved.getvalue()], max_new_tokens=1)
+    first, second = seen
+    assert first.mode == second.mode == "RGB"
+    assert first.size == second.size
+    assert first.tobytes() == second.tobytes()
+    if kind == "sideways":
+        assert first.size == (5, 9)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import tiny
 import torch
@@ -67,6 +68,66 @@ def test_a_resumed_run_equals_an_uninterrupted_one(on_disk, tmp_path, workers):
         train(on_disk.arguments(part, "--trainer.max_steps=10", "--resume=true", *schedule))
         expected, found = load_file(whole / WEIGHTS_FILE), load_file(part / WEIGHTS_FILE)
         assert all(torch.equal(expected[n], found[n]) for n in expected), stop
+
+
+def test_a_run_by_epochs_resumes_too(on_disk, tmp_path):
+    """Killed in mid-epoch: the last checkpoint is older than the last step."""
+    by_epochs = ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--checkpoint_every=3"]
+    whole = train(on_disk.arguments(tmp_path / "whole", *by_epochs))
+
+    class Kill(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    part = tmp_path / "part"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.train.Throughput", Kill)
+        with pytest.raises(SystemExit):  # as Lightning ends on Ctrl-C
+            train(on_disk.arguments(part, *by_epochs))
+    assert torch.load(part / LAST, weights_only=True)["global_step"] == 3
+    assert not (part / RUN_FILE).exists()
+    train(on_disk.arguments(part, "--resume=true", *by_epochs))
+    expected, found = load_file(whole / WEIGHTS_FILE), load_file(part / WEIGHTS_FILE)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    provenance = json.loads((part / "provenance.json").read_text())
+    assert provenance["steps"] == 14
+    assert provenance["first_step"] == 3
+    assert [start["first_step"] for start in provenance["earlier_starts"]] == [0]
+
+
+def test_checkpoints_wait_for_accumulated_gradients(on_disk, tmp_path):
+    more = ["--trainer.accumulate_grad_batches=2", "--checkpoint_every=1"]
+    saved = []
+
+    def note(self, checkpoint, path, storage_options=None):
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        saved.append((checkpoint["global_step"], progress["ready"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.checkpoints.AtomicCheckpointIO.save_checkpoint", note)
+        train(on_disk.arguments(tmp_path / "run", *more, "--trainer.max_steps=3"))
+    assert saved == [(1, 2), (2, 4), (3, 6)]
+
+
+def test_bf16_where_the_machine_has_it(on_disk, tmp_path, monkeypatch):
+    """The default precision reaches the trainer, and the config tells the truth."""
+    for dtype, expected in ((torch.bfloat16, "bf16-mixed"), (torch.float32, "32-true")):
+        monkeypatch.setattr("recipes.train.resolve_dtype", lambda _, dtype=dtype: dtype)
+        run = tmp_path / expected
+        kept = [a for a in on_disk.arguments(run) if "precision" not in a]
+        train(kept)
+        assert json.loads((run / "provenance.json").read_text())["precision"] == expected
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert config["trainer"]["precision"] == expected
+
+
+def test_a_users_callback_is_called(on_disk, tmp_path):
+    callbacks = (
+        '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]'
+    )
+    run = train(on_disk.arguments(tmp_path / "run", callbacks))
+    assert "lr-AdamW" in (run / "csv-0" / "metrics.csv").read_text()
 
 
 def test_accumulated_gradients_and_feature_cache(on_disk, tmp_path):
@@ -244,12 +305,30 @@ def test_no_run_and_no_picture(tmp_path, capsys):
 def test_too_few_samples_for_a_batch(on_disk, tmp_path, capsys):
     message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", "--data.batch_size=31"))
     assert "data.batch_size" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_caption_longer_than_the_context(on_disk, tmp_path, capsys):
     more = ["--model.bridge.init_args.resampler.init_args.num_latents=200"]
     message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", *more))
     assert "context length" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run(run, on_disk, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    tiny.Image.new("RGB", (8, 8)).save(picture)
+    for name in (RUN_FILE, WEIGHTS_FILE):
+        damaged = tmp_path / name / "run"
+        shutil.copytree(run, damaged)
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+        assert name in refused(capsys, "caption", str(picture), "--run", str(damaged))
+
+
+def test_no_end_of_training(on_disk, tmp_path, capsys):
+    endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1"]
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", *endless))
+    assert "trainer.max_steps" in message
 
 
 def test_an_unknown_command(capsys):
