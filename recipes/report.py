@@ -89,6 +89,7 @@ def render(
 def plot_curves(curves: Mapping[str, Curves]) -> str:
     """Loss curves as an SVG element."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -101,6 +102,9 @@ def plot_curves(curves: Mapping[str, Curves]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("loss per caption token (nats)")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
