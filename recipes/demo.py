@@ -32,7 +32,7 @@ BRIDGES = {
 """The two bridges of the demo and their shipped configs."""
 
 SCENES = {"train": 10080, "val": 400}
-"""Scenes made: as many as 420 steps of 24 see, so that none is seen twice."""
+"""Scenes made: more than either bridge sees, so that none is seen twice."""
 
 SCENES_VERSION = 1
 """Raise it when scenes change: the folder of the shards is named by it."""
