@@ -88,10 +88,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Shape: x (b, t, d), kv from `project`, mask bool (b, 1|h, t, s) -> (b, t, d)."""
-        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
-        q = _normalise(self.q_norm, q)
+        q = self._queries(x)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention probabilities, for looking at: (b, h, t, s), fp32.
+
+        Args:
+            x: (b, t, d).
+            keys: (b, h, s, d_head), from `project`.
+            mask: bool, broadcastable to (b, h, t, s); at least one True in a row.
+        """
+        q = self._queries(x).float()
+        scores = (q * q.shape[-1] ** -0.5) @ keys.float().transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
+        return _normalise(self.q_norm, q)
 
 
 def _normalise(norm: nn.Module, x: Tensor) -> Tensor:

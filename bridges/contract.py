@@ -9,6 +9,7 @@ image, m memory tokens per image, t text positions, d width.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -109,6 +110,17 @@ class Resampler(nn.Module, ABC):
 
         Shape: patches (b, i, p, d_vision) -> (b, i, n, dim).
         """
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Takes weights that were trained elsewhere, where a resampler knows such a form.
+
+        Raises:
+            ValueError: it knows none, or these do not fit.
+        """
+        raise ValueError(
+            f"found weights to start from ({path}) for {type(self).__name__}, which has no form "
+            "of them; expected a resampler that has (qformer.QFormer): leave init_from out"
+        )
 
 
 @dataclass(frozen=True)

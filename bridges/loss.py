@@ -25,7 +25,11 @@ def label_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_losses(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of each label, chunk by chunk with recomputation where there are many.
 
@@ -34,13 +38,15 @@ def token_losses(
         hidden: (n, d).
         targets: long (n).
         vocabulary: size of the vocabulary, from which the chunk size follows.
+        label_smoothing: share of the target spread evenly over the vocabulary.
 
     Returns:
         (n), in nats.
     """
 
     def losses(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
     rows = max(1, CHUNK_ELEMENTS // vocabulary)
     if len(targets) <= rows:

@@ -2,12 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bridges.contract import Bridge, Instruction
 from bridges.loss import IGNORE
+
+QUESTION = "{question}"
+"""Where a prompt takes the question that belongs to its row."""
+
+CAPTION_INSTRUCTION = "A short image description."
+"""The question in the place of none: one of InstructBLIP's templates for captions."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ class TextBatch:
 class PromptEncoder:
     """Turns prompts and completions into a `TextBatch`.
 
-    Every ``image_token`` in a prompt becomes `num_tokens` placeholders. The tokenizer's BOS
-    comes first if it usually adds one, its EOS ends every completion.
+    Every ``image_token`` in a prompt becomes `num_tokens` placeholders, every ``{question}`` the
+    question of the row, which is data: "<image>" in it is text. The tokenizer's BOS comes first
+    if it usually adds one and the prompt does not hold it; its EOS ends every completion.
 
     Attributes:
         tokenizer: of the LM, with `image_token` in its vocabulary.
@@ -70,10 +79,16 @@ class PromptEncoder:
         prompts: Sequence[str],
         completions: Sequence[str] | None = None,
         *,
+        questions: Sequence[str] | None = None,
         padding_side: str = "right",
     ) -> TextBatch:
-        """Encodes a batch; without completions every label is `IGNORE` (generation)."""
-        heads = [self._prompt(prompt) for prompt in prompts]
+        """Encodes a batch; without completions every label is `IGNORE` (generation).
+
+        Raises:
+            ValueError: ``{question}`` in a prompt, and no questions.
+        """
+        asked = questions if questions is not None else [None] * len(prompts)
+        heads = [self._prompt(p, question) for p, question in zip(prompts, asked, strict=True)]
         tails: list[list[int]] = [[] for _ in prompts]
         truncated = 0
         if completions is not None:
@@ -105,16 +120,52 @@ class PromptEncoder:
         apart = not prompt or prompt.endswith((self.image_token, " ", "\n"))
         return caption if apart else f" {caption}"
 
-    def _prompt(self, prompt: str) -> list[int]:
+    def shortened(self, question: str) -> str:
+        """A question of at most `max_completion` tokens; the rest is cut off."""
+        ids = self._text(question, data=True)
+        if len(ids) <= self.max_completion:
+            return question
+        return self.tokenizer.decode(ids[: self.max_completion])
+
+    def _prompt(self, prompt: str, question: str | None) -> list[int]:
+        if question is None and QUESTION in prompt:
+            raise ValueError(
+                f"found {QUESTION!r} in prompt {prompt!r} and no question; expected one for each "
+                "row: give questions, or take it out of the prompt"
+            )
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         pieces = prompt.split(self.image_token)
-        ids = _with_bos(self.tokenizer)
+        bos = self.tokenizer.bos_token
+        # A prompt may set BOS where it wants it: BLIP-2 has it after the image.
+        ids = [] if bos and bos in prompt else _with_bos(self.tokenizer)
         for index, piece in enumerate(pieces):
             if index:
                 ids += [image_id] * self.num_tokens
             if piece:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                ids += self._piece(piece, question or "")
         return ids
+
+    def _piece(self, piece: str, question: str) -> list[int]:
+        """Text of a prompt without images, its question filled in."""
+        filled = piece.replace(QUESTION, question)
+        if all(filled.count(token) == piece.count(token) for token in self._special_tokens):
+            return self._text(filled)
+        # The question spells a special token: tokenised by itself, it is only text.
+        ids: list[int] = []
+        for index, part in enumerate(piece.split(QUESTION)):
+            ids += self._text(question, data=True) if index else []
+            ids += self._text(part)
+        return ids
+
+    def _text(self, text: str, *, data: bool = False) -> list[int]:
+        """Tokens of a text; special tokens in data are spelt out."""
+        options = {"split_special_tokens": True} if data else {}
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -126,3 +177,56 @@ def _with_bos(tokenizer: Any) -> list[int]:
     bos = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def instruction_tokenizer(bridge: Bridge) -> Any:
+    """The tokenizer of a resampler that reads text beside the image, or None.
+
+    Such a resampler has it as its attribute ``tokenizer``, and its bridge the resampler as
+    ``resampler``.
+    """
+    return getattr(getattr(bridge, "resampler", None), "tokenizer", None)
+
+
+def encode_instruction(tokenizer: Any, texts: Sequence[str]) -> Instruction:
+    """Instructions for such a resampler; of a longer one, the last 128 tokens (as LAVIS has it)."""
+    return encode_text(tokenizer, texts, 128, "left")
+
+
+def encode_text(
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int,
+    truncation_side: Literal["left", "right"] = "right",
+) -> Instruction:
+    """Text for a BERT-shaped text branch, padded on the right to the longest of the batch.
+
+    A text is data: special tokens in it are spelt out.
+
+    Args:
+        tokenizer: a BERT's.
+        texts: b of them, at least one.
+        max_length: tokens kept, [CLS] and [SEP] included; at least 3.
+        truncation_side: which end of a longer text goes.
+
+    Returns:
+        Token ids and mask, (b, t) both.
+
+    Raises:
+        ValueError: no texts, or no room for any.
+    """
+    if max_length < 3 or not texts:
+        raise ValueError(
+            f"found {len(texts)} texts and max_length={max_length}; expected at least one text and "
+            "room for one token between [CLS] and [SEP]"
+        )
+    inner = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    room = max_length - 2
+    kept = [ids[-room:] if truncation_side == "left" else ids[:room] for ids in inner]
+    rows = [[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id] for ids in kept]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = True
+    return Instruction(ids, mask)

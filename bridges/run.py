@@ -95,6 +95,12 @@ def read_run(folder: Path) -> RunSpec:
     Raises:
         ValueError: the folder holds no finished run, or one of another format.
     """
+    kind = _kind(folder)
+    if kind is not None:
+        raise ValueError(
+            f"found a {kind} run in {folder} (BLIP-2's stage-1 has no language model, for one); "
+            "expected a run of a bridge: train one that starts from it with --model.init_from"
+        )
     missing = [n for n in (RUN_FILE, WEIGHTS_FILE) if not (folder / n).is_file()]
     if missing:
         raise ValueError(
@@ -115,6 +121,15 @@ def read_run(folder: Path) -> RunSpec:
             f"found a {RUN_FILE} in {folder} that does not describe a run ({error!r}); expected "
             "the file as `bridges train` wrote it: restore it, or train again"
         ) from error
+
+
+def _kind(folder: Path) -> str | None:
+    """What a run of another kind calls itself; None for a bridge's run, or none at all."""
+    try:
+        described = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return described.get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def check_fingerprints(

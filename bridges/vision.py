@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,17 @@ def _look(preprocess: Preprocess) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
 
 
+BLIP2_TOWERS = {
+    "blip-2": "Blip2VisionModel",
+    "instructblip": "InstructBlipVisionModel",
+}
+
+
 def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     config = AutoConfig.from_pretrained(name)
+    whole = getattr(config, "model_type", None)
     # A two-tower model (CLIP, SigLIP) keeps the sizes of its vision tower apart.
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "image_size") and not hasattr(config, "num_channels"):
@@ -155,7 +163,13 @@ def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
             f"found a {config.model_type!r} config at {name!r}; expected a vision model (CLIP, "
             "SigLIP, DINOv2, ViT, ConvNeXt, …)"
         )
-    model, report = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
+    if whole in BLIP2_TOWERS:
+        # Their vision towers are in no Auto class; in the whole model's file they have a prefix.
+        auto: Any = getattr(import_module("transformers"), BLIP2_TOWERS[whole])
+        options = {"key_mapping": {r"^vision_model\.": ""}}
+    else:
+        auto, options = AutoModel, {}
+    model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)
     processor = AutoImageProcessor.from_pretrained(name)
     preprocess = _Processor(processor)
     sample = preprocess(Image.new("RGB", (64, 48), "gray"))

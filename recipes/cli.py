@@ -7,8 +7,17 @@ from importlib import import_module
 
 COMMANDS = {
     "shards": ("recipes.commands", "shards", "make webdataset shards of pictures and captions"),
+    "scenes": ("recipes.commands", "scenes", "draw emoji scenes as shards, to try a recipe on"),
     "train": ("recipes.train", "main", "train a bridge from a YAML"),
     "caption": ("recipes.commands", "caption", "caption pictures with a trained bridge"),
+    "retrieve": (
+        "recipes.retrieve",
+        "main",
+        "rank pictures for texts and texts for pictures with a stage-1 run",
+    ),
+    "attention": ("recipes.attention", "main", "draw what each query of a Q-Former looks at"),
+    "export": ("recipes.export", "main", "write a trained bridge as a Hugging Face folder"),
+    "bench": ("recipes.bench", "main", "measure ours beside a reference, in one process"),
     "demo": ("recipes.demo", "main", "train two bridges on emoji scenes and write a report"),
 }
 
@@ -18,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
     if name not in COMMANDS:
-        listed = "\n".join(f"  {command:<9}{text}" for command, (_, _, text) in COMMANDS.items())
+        listed = "\n".join(f"  {command:<11}{text}" for command, (_, _, text) in COMMANDS.items())
         print(f"usage: bridges COMMAND [--help] …\n\n{listed}")
         if name in ("-h", "--help"):
             return 0

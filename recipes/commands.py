@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from recipes.scenes import write_scenes
 from recipes.shards import build_shards, print_report
 
 
@@ -28,6 +29,19 @@ def shards(arguments: Sequence[str]) -> None:
     print_report(build_shards(options.pop("images"), source, options.pop("out"), **options))
 
 
+def scenes(arguments: Sequence[str]) -> None:
+    """`bridges scenes OUT`."""
+    parser = ArgumentParser(
+        prog="bridges scenes",
+        description="Draws emoji scenes with captions, questions and answers as webdataset "
+        "shards, so that any recipe can be tried without data of one's own.",
+    )
+    parser.add_argument("out", type=Path, help="folder for the shards")
+    parser.add_function_arguments(write_scenes, skip={"out", "progress"}, fail_untyped=False)
+    options = vars(parser.parse_args(list(arguments)))
+    print_report(write_scenes(options.pop("out"), **options))
+
+
 def caption(arguments: Sequence[str]) -> None:
     """`bridges caption IMAGE… --run RUNDIR`."""
     parser = ArgumentParser(
@@ -36,6 +50,9 @@ def caption(arguments: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, nargs="+", help="picture files")
     parser.add_argument("--run", type=Path, required=True, help="run directory of the bridge")
     parser.add_argument("--prompt", type=str | None, help="instead of the one trained with")
+    parser.add_argument(
+        "--question", type=str | None, help="for a bridge whose prompt or resampler reads one"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=40)
     parser.add_argument("--num_beams", type=int, default=1)

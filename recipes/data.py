@@ -9,8 +9,8 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader
 
-from bridges import VisionLanguageModel
-from recipes.batch import CaptionBatch, CaptionCollator, CaptionDecoder
+from bridges import VisionEncoder
+from recipes.batch import Batch, CaptionDecoder, Collate
 from recipes.cache import cache_features, check_cached
 from recipes.shard_files import expand_shards
 from recipes.stream import ShardStream
@@ -19,7 +19,7 @@ HELD_OUT_SPLITS = ("val", "dev")
 """Never "test": what a run is watched on is not what it is measured on."""
 
 
-class SizedLoader(DataLoader[CaptionBatch]):
+class SizedLoader(DataLoader[Batch]):
     """A loader over a `ShardStream` that knows its length and its place in the epoch.
 
     Lightning saves and restores the state of a loader that has one; a plain loader would begin
@@ -44,7 +44,7 @@ class SizedLoader(DataLoader[CaptionBatch]):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[CaptionBatch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         start, self._start = self._start, 0
         # Workers take turns: each has done the same number of batches, but for the last round.
         rounds, dropped = divmod(start, max(self.num_workers, 1))
@@ -73,12 +73,15 @@ class CaptionData(L.LightningDataModule):
         val_shards: shards to validate on; found in the folder of `shards` by default.
         batch_size: per rank.
         num_workers: processes that decode pictures on each rank.
-        max_caption_tokens: longer captions are cut.
+        max_caption_tokens: longer captions, questions and answers are cut.
         feature_cache: folder in which the frozen features of all pictures are kept, computed
             once before training; null encodes pictures as they come.
         shuffle_buffer: samples held for shuffling.
         on_error: what to do with a bad sample: stop, or count it, name it and go on.
         seed: of the order of samples.
+        task: what is read of a sample: a caption, or, for instruction tuning, one of the
+            questions in its JSON's ``qa`` with its answer (a sample without any: its caption).
+            In training, one of several is drawn anew each epoch; in validation the first is taken.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class CaptionData(L.LightningDataModule):
         shuffle_buffer: int = 1000,
         on_error: Literal["raise", "skip"] = "raise",
         seed: int = 0,
+        task: Literal["caption", "instruction"] = "caption",
     ) -> None:
         super().__init__()
         self.train_shards, self.held_out_shards = split_shards(shards, val_shards)
@@ -102,32 +106,34 @@ class CaptionData(L.LightningDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.on_error: Literal["raise", "skip"] = on_error
         self.seed = seed
+        self.task: Literal["caption", "instruction"] = task
         self.source_shards = [*self.train_shards, *self.held_out_shards]
         self._train: ShardStream[Any] | None = None
 
-    def connect(self, model: VisionLanguageModel, world_size: int = 1) -> None:
-        """Fits the stream to a model: its preprocessing, its tokenizer, its features.
+    def connect(self, vision: VisionEncoder, collate: Collate, world_size: int = 1) -> None:
+        """Fits the stream to what reads it: its preprocessing, its features, its batches.
 
         Args:
-            model: to train or to score; its encoder fills the feature cache where it is now.
+            vision: the frozen encoder; it fills the feature cache where it is now.
+            collate: makes the batches: a module's `collator`, or `CaptionCollator.of` a model.
             world_size: number of ranks that share the training samples.
 
         Raises:
-            ValueError: the prompt alone fills the LM's context, features of another encoder, or
-                fewer samples than the ranks and workers need for a batch each.
+            ValueError: features of another encoder, or fewer samples than the ranks and workers
+                need for a batch each.
         """
-        model.check_length(model.prompt_encoder()([model.prompt]).input_ids.shape[1] + 1)
         if self.feature_cache is not None:
             cache = partial(
                 cache_features,
-                encoder=model.vision,
+                encoder=vision,
                 cache=Path(self.feature_cache),
                 on_error=self.on_error,
             )
             self.train_shards = cache(self.train_shards)
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
-        check_cached([*self.train_shards, *self.held_out_shards], model.vision)
-        self._model = model
+        check_cached([*self.train_shards, *self.held_out_shards], vision)
+        self._vision = vision
+        self._collate = collate
         self._world_size = world_size
         self._train = self._stream(self.train_shards, training=True)
         if not self.batches_per_epoch():
@@ -169,7 +175,11 @@ class CaptionData(L.LightningDataModule):
     def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
         return ShardStream(
             list(shards),
-            CaptionDecoder(self._model.vision.preprocess, random_caption=training),
+            CaptionDecoder(
+                self._vision.preprocess,
+                random_caption=training,
+                questions=self.task == "instruction",
+            ),
             seed=self.seed,
             shuffle=training,
             shuffle_buffer=self.shuffle_buffer,
@@ -179,19 +189,14 @@ class CaptionData(L.LightningDataModule):
     def _loader(
         self, stream: ShardStream[Any], workers: int, batches: int, *, drop_last: bool
     ) -> SizedLoader:
-        collate = CaptionCollator(
-            self._model.prompt_encoder(self.max_caption_tokens),
-            self._model.prompt,
-            self._model.vision.shape.grid,
-        )
         return SizedLoader(
             stream,
             self.batch_size,
             batches,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=self._collate,
             drop_last=drop_last,
-            pin_memory=self._model.lm.device.type == "cuda",
+            pin_memory=next(self._vision.parameters()).device.type == "cuda",
         )
 
 

@@ -17,6 +17,7 @@ from bridges.embedded import cache_dir, fetch
 from bridges.files import write_json, write_text
 from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import report
+from recipes.batch import CaptionCollator
 from recipes.cache import mean_patches
 from recipes.data import CaptionData
 from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
@@ -156,7 +157,7 @@ def score_run(run: Path, shards: Path) -> tuple[dict[str, Any], list[str]]:
     """
     model = bridges.load(run)
     data = CaptionData(str(shards), feature_cache=str(cache_dir() / "features"))
-    data.connect(model)
+    data.connect(model.vision, CaptionCollator.of(model))
     held_out = HeldOut.collect(data.val_dataloader(), model)
     if not held_out.samples:
         raise ValueError(f"found no held-out shards in {shards}; expected val-*.tar beside train-*")

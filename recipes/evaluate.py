@@ -9,7 +9,7 @@ from rich.progress import track
 from torch import Tensor
 
 from bridges import VisionFeatures, VisionLanguageModel, caption_features
-from recipes.batch import CaptionBatch
+from recipes.batch import Batch, CaptionCollator, moved
 from recipes.scene_captions import score
 
 
@@ -28,7 +28,7 @@ class HeldOut:
     samples: list[dict[str, Any]]
 
     @classmethod
-    def collect(cls, loader: Iterable[CaptionBatch], model: VisionLanguageModel) -> "HeldOut":
+    def collect(cls, loader: Iterable[Batch], model: VisionLanguageModel) -> "HeldOut":
         """Encodes every held-out picture once."""
         patches, samples = [], []
         for batch in loader:
@@ -62,20 +62,23 @@ def caption_nll(
     model: VisionLanguageModel, held_out: HeldOut, *, batch_size: int = 32, title: str = "scoring"
 ) -> float:
     """Loss per caption token in nats, over all captions of every picture."""
-    encode = model.prompt_encoder()
+    collate = CaptionCollator.of(model)
     pairs = [
         (row, text) for row, sample in enumerate(held_out.samples) for text in sample["captions"]
     ]
     total, count = 0.0, 0
     for chunk in track(list(_chunks(pairs, batch_size)), title, transient=True):
-        rows, captions = (
-            [row for row, _ in chunk],
-            [encode.caption(model.prompt, c) for _, c in chunk],
-        )
-        text = encode([model.prompt] * len(captions), captions).to(model.lm.device)
+        rows = [row for row, _ in chunk]
+        text, instruction = collate.texts([None] * len(chunk), [caption for _, caption in chunk])
+        device = model.lm.device
+        text, instruction = text.to(device), moved(instruction, device)
         with _autocast(model):
             output = model(
-                text.input_ids, text.attention_mask, text.labels, _features(held_out, rows)
+                text.input_ids,
+                text.attention_mask,
+                text.labels,
+                _features(held_out, rows),
+                instruction,
             )
         total += float(output.token_losses.double().sum())
         count += len(output.token_losses)

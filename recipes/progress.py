@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from recipes.batch import CaptionBatch
+from recipes.batch import Batch
 
 
 class StepProgressBar(RichProgressBar):
@@ -44,7 +44,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Logs the rate since the last batch."""
-        assert isinstance(batch, CaptionBatch)
+        assert isinstance(batch, Batch)
         now = time.perf_counter()
         rate = len(batch) * trainer.world_size / (now - self._since)
         self._since = now

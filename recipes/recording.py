@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from bridges import RunSpec, save_run
 from bridges.files import write_json, write_text
 from recipes.data import CaptionData
-from recipes.module import CaptionModule
+from recipes.finite import SkipNonFinite
 from recipes.shard_files import shard_digest
+from recipes.training import BridgeModule
 
 PACKAGES = (
     "bridges",
@@ -38,20 +38,22 @@ logger = logging.getLogger(__name__)
 
 
 class RunRecorder(Callback):
-    """Writes config, provenance and the trained bridge into the run directory.
+    """Writes config, provenance and what was trained into the run directory.
 
     Args:
         folder: the run directory.
-        spec: the model's parts.
-        config: the resolved configuration, as YAML.
-        seed: of initialisation.
+        config: the resolved configuration.
+        dumped: the same as YAML.
+        skips: counts the steps that were left out.
     """
 
-    def __init__(self, folder: Path, spec: RunSpec, config: str, seed: Any) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], dumped: str, skips: SkipNonFinite
+    ) -> None:
         self.folder = folder
-        self.spec = spec
         self.config = config
-        self.seed = seed
+        self.dumped = dumped
+        self.skips = skips
         self._before = 0.0
         self._start = time.perf_counter()
 
@@ -62,21 +64,18 @@ class RunRecorder(Callback):
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, CaptionData)
-        assert isinstance(pl_module, CaptionModule)
-        write_text(self.folder / "config.yaml", self.config)
+        assert isinstance(pl_module, BridgeModule)
+        write_text(self.folder / "config.yaml", self.dumped)
         provenance = {
             "command": sys.argv,
             "first_step": trainer.global_step,
             "python": sys.version.split()[0],
             "packages": _versions(),
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "precision": str(trainer.precision),
-            "seed": self.seed,
+            "seed": self.config["seed_everything"],
             "data_seed": data.seed,
-            "fingerprints": {
-                "vision": pl_module.vlm.vision.fingerprint,
-                "lm": pl_module.vlm.lm.fingerprint,
-            },
+            "fingerprints": pl_module.fingerprints(),
             "trainable_parameters": count_parameters(pl_module, trainable=True),
             "frozen_parameters": count_parameters(pl_module, trainable=False),
             "shards": {str(p): shard_digest(p) for p in data.source_shards},
@@ -88,13 +87,17 @@ class RunRecorder(Callback):
         write_json(path, provenance)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The bridge itself, and the samples that were skipped."""
-        assert isinstance(pl_module, CaptionModule)
+        """What was trained, and how many steps and samples were skipped."""
+        assert isinstance(pl_module, BridgeModule)
         if trainer.is_global_zero:
-            save_run(self.folder, pl_module.vlm, self.spec)
+            pl_module.save(self.folder, self.config["model"])
             path = self.folder / PROVENANCE_FILE
             provenance = json.loads(path.read_text(encoding="utf-8"))
-            done = {"steps": trainer.global_step, "seconds": round(self._seconds(), 1)}
+            done = {
+                "steps": trainer.global_step,
+                "skipped_steps": self.skips.skipped,
+                "seconds": round(self._seconds(), 1),
+            }
             write_json(path, provenance | done)
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if data.skipped:
@@ -127,7 +130,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Revision of the working folder's repository, with a + where it has changes."""
     try:
         head = _git("rev-parse", "HEAD")

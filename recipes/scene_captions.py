@@ -1,4 +1,4 @@
-"""The captions of the emoji scenes: written, read back and scored part by part.
+"""The captions of the emoji scenes: written, read back and scored part by part; and questions.
 
 One sentence per scene, every noun with its article:
 
@@ -6,6 +6,7 @@ One sentence per scene, every noun with its article:
     OBJECT RELATION OBJECT on COLOUR background
 """
 
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,40 @@ def caption(scene: "Scene") -> str:
     """The one caption of a scene."""
     phrases = [_with_article(placed.name) for placed in scene.objects]
     return f"{f' {scene.relation} '.join(phrases)} on {_with_article(scene.colour)} background"
+
+
+def questions(scene: "Scene", rng: random.Random) -> list[dict[str, str]]:
+    """Everything that can be asked of a scene, with answers of a word.
+
+    The ground's colour, how many things, what is there (of one object) or on either side of the
+    relation (of two), and whether something is there: once yes, once no, so that the words of such
+    a question say nothing of its answer.
+
+    Args:
+        scene: What is in the picture.
+        rng: Draws the objects of the yes and the no, and the order, in which no kind of question
+            comes first more often than its share.
+
+    Returns:
+        Each with "question" and "answer".
+    """
+    names = [placed.name for placed in scene.objects]
+    absent = rng.choice([name for name in CODE_POINTS if name not in names])
+    pairs = {
+        "What colour is the background?": scene.colour,
+        "How many things are there?": ("one", "two")[len(names) - 1],
+        f"Is there {_with_article(rng.choice(names))}?": "yes",
+        f"Is there {_with_article(absent)}?": "no",
+    }
+    if scene.relation is None:
+        pairs["What is there?"] = names[0]
+    else:
+        first, second = names
+        pairs[f"What is {scene.relation} the {second}?"] = first
+        pairs[f"What is {INVERSE_RELATION[scene.relation]} the {first}?"] = second
+    asked = [{"question": question, "answer": answer} for question, answer in pairs.items()]
+    rng.shuffle(asked)
+    return asked
 
 
 def parse_caption(text: str) -> Parsed:

@@ -5,6 +5,8 @@ One or two emoji on a coloured ground, captioned by a small grammar:
     a cat on a green background
     an apple to the left of a dog on a yellow background
 
+and asked about, with answers of a word: "What is to the right of the apple?" – "dog".
+
 A test bed rather than a data set: any number of scenes from a seed, and captions that can be
 scored part by part. 15 % of the compositions (pairs of objects; for a single object, the object
 with its ground colour) never occur in the "train" split, so that the "val" split asks for what was
@@ -21,9 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
-from recipes.scene_captions import caption
+from bridges.embedded import ASSETS, fetch
+from recipes.scene_captions import caption, questions
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
+from recipes.shard_writer import ShardSet
+from recipes.shards import ShardReport
 
 IMAGE_SIZE = 224
 HELD_OUT_SHARE = 0.15
@@ -105,11 +112,16 @@ def scene_samples(
     vendors: Sequence[str] = VENDORS,
     two_object_share: float = 0.5,
 ) -> Iterator[dict[str, Any]]:
-    """Yields scenes as webdataset samples: jpg, txt, and json with the ground truth."""
+    """Yields scenes as webdataset samples: jpg, txt, and json with the ground truth.
+
+    The json's "qa" lists {"question", "answer"}, see `questions`.
+    """
     for k, scene in enumerate(generate(n, seed, split, vendors, two_object_share)):
         jpg = io.BytesIO()
         draw(scene, folder).save(jpg, "JPEG", quality=95)
         text = caption(scene)
+        # A stream of their own: whatever is asked, the scenes stay as they are.
+        asking = random.Random(f"{seed}/{split}/{k}/questions")
         meta = {
             "captions": [text],
             "objects": [placed.name for placed in scene.objects],
@@ -117,8 +129,55 @@ def scene_samples(
             "colour": scene.colour,
             "vendors": [placed.vendor for placed in scene.objects],
             "boxes": [list(placed.box) for placed in scene.objects],
+            "qa": questions(scene, asking),
         }
         yield {"__key__": f"{split}-{k:06d}", "jpg": jpg.getvalue(), "txt": text, "json": meta}
+
+
+def write_scenes(
+    out: Path,
+    *,
+    train: int = 10000,
+    val: int = 400,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ShardReport:
+    """Draws scenes into the shards of a folder, all or none; ``shards.json`` names them.
+
+    Args:
+        out: The folder for the shards; made when it does not exist.
+        train: Scenes to train on.
+        val: Scenes to validate on, of compositions that the others never show.
+        seed: Another seed gives other scenes.
+        overwrite: Replace the shards in ``out`` if there are any.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: Shards in ``out`` already, or no scenes or a negative number asked for.
+        EmbeddedAssetError: The artwork is not in the cache and cannot be fetched.
+    """
+    with ShardSet(out, samples_per_shard=1000, overwrite=overwrite) as shards:
+        if min(train, val) < 0 or train + val == 0:
+            raise ValueError(
+                f"found {train} and {val} scenes to draw; expected 0 or more, and some in all: "
+                "give another --train or --val"
+            )
+        emoji = fetch("emoji")
+        counts = {"train": train, "val": val}
+        drawn = (
+            (split, sample)
+            for split, n in counts.items()
+            for sample in scene_samples(n, seed, split, emoji)
+        )
+        console = Console(stderr=True)
+        for split, sample in track(
+            drawn, "scenes", train + val, console=console, disable=not progress
+        ):
+            shards.add(split, sample)
+        source = {"seed": seed, "scenes": counts, "licence": ASSETS["emoji"].licence}
+        written = shards.commit(manifest=source)
+    return ShardReport(out, written, captions=train + val)
 
 
 def is_held_out(names: Sequence[str], colour: str) -> bool:

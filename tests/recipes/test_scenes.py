@@ -1,15 +1,18 @@
 """The emoji scenes: what they promise about splits, seeds, places and scores."""
 
+import hashlib
 import io
 import itertools
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from recipes import scenes
-from recipes.scene_captions import Parsed, caption, parse_caption, score
+from recipes.scene_captions import Parsed, caption, parse_caption, questions, score
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
 from recipes.scenes import draw, generate, scene_samples
 
@@ -195,6 +198,94 @@ def test_samples_carry_the_truth(emoji: Path):
         assert sample["json"]["captions"] == [caption(scene)]
         assert set(score(sample["txt"], sample["json"]).values()) <= {True, None}
         assert Image.open(io.BytesIO(sample["jpg"])).size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        ("train", "43d7587ce7b5e97fab6edc502e80282cea70553a3d3681d0a1bab48d7b857860"),
+        ("val", "9359e0b9dbfb1b0f694336be379859737d6d122e2208211db8102783e3a2cfef"),
+    ],
+)
+def test_scenes_are_those_of_version_1(split: str, digest: str):
+    """Shards drawn earlier stay in caches: if this goes red, raise the demo's SCENES_VERSION."""
+    drawn = "".join(map(repr, generate(200, 0, split)))
+    assert hashlib.sha256(drawn.encode()).hexdigest() == digest
+
+
+def test_asking_changes_nothing_but_the_questions(emoji: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = list(scene_samples(20, 5, "train", emoji))
+    monkeypatch.setattr(scenes, "questions", lambda _, rng: [rng.random() for _ in range(9)])
+    for sample, other in zip(asked, scene_samples(20, 5, "train", emoji), strict=True):
+        assert sample["json"].pop("qa") != other["json"].pop("qa")
+        assert sample == other
+
+
+def _answers(scene: scenes.Scene, seed: int = 0) -> dict[str, str]:
+    asked = questions(scene, random.Random(seed))
+    assert all(pair.keys() == {"question", "answer"} for pair in asked)
+    answers = {pair["question"]: pair["answer"] for pair in asked}
+    assert len(answers) == len(asked)
+    return answers
+
+
+def _placed(name: str) -> scenes.PlacedEmoji:
+    return scenes.PlacedEmoji(name, "Goog", (0, 0, 64, 64))
+
+
+def test_questions_of_one_object():
+    answers = _answers(scenes.Scene((_placed("apple"),), None, "green", (0, 0, 0)))
+    (absent,) = (question for question, answer in answers.items() if answer == "no")
+    assert re.fullmatch(r"Is there an? \w+\?", absent)
+    assert answers == {
+        "What colour is the background?": "green",
+        "How many things are there?": "one",
+        "What is there?": "apple",
+        "Is there an apple?": "yes",
+        absent: "no",
+    }
+
+
+@pytest.mark.parametrize(
+    ("relation", "asked"),
+    [
+        ("to the left of", ("What is to the left of the dog?", "What is to the right of the cat?")),
+        (
+            "to the right of",
+            ("What is to the right of the dog?", "What is to the left of the cat?"),
+        ),
+        ("above", ("What is above the dog?", "What is below the cat?")),
+        ("below", ("What is below the dog?", "What is above the cat?")),
+    ],
+)
+def test_questions_of_two_objects(relation: str, asked: tuple[str, str]):
+    answers = _answers(scenes.Scene((_placed("cat"), _placed("dog")), relation, "red", (0, 0, 0)))
+    assert [answers[question] for question in asked] == ["cat", "dog"]
+    assert answers["How many things are there?"] == "two"
+    assert "What is there?" not in answers
+    assert len(answers) == 6
+
+
+def test_yes_and_no_are_true_and_their_words_give_nothing_away():
+    said: dict[str, list[str]] = {"yes": [], "no": []}
+    for k, scene in enumerate(generate(MANY, 0, "train")):
+        names = [placed.name for placed in scene.objects]
+        for question, answer in _answers(scene, k).items():
+            if found := re.fullmatch(r"Is there an? (\w+)\?", question):
+                assert answer == ("yes" if found[1] in names else "no")
+                said[answer].append(found[1])
+    assert len(said["yes"]) == len(said["no"]) == MANY
+    assert set(said["yes"]) == set(said["no"]) == set(CODE_POINTS)
+
+
+def test_any_kind_of_question_may_come_first():
+    first = Counter(
+        questions(scene, random.Random(k))[0]["question"].split()[1]
+        for k, scene in enumerate(generate(MANY, 0, "train"))
+    )
+    # One of five or six in each scene.
+    for word in ("colour", "many"):
+        assert 0.14 < first[word] / MANY < 0.22
 
 
 def test_an_unknown_split_or_vendor_is_refused():

@@ -145,10 +145,19 @@ def test_accumulated_gradients_and_feature_cache(on_disk, tmp_path):
     assert all(torch.allclose(first[n], second[n], atol=2e-2) for n in first)
 
 
-@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_every_shipped_config_trains(on_disk, tmp_path, config):
+SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
+# The others are tried in test_stage1.py.
+ALONE = sorted(
+    name
+    for name, config in SHIPPED.items()
+    if "module" not in config and "init_from" not in config["model"]
+)
+
+
+@pytest.mark.parametrize("config", ALONE)
+def test_every_shipped_config_that_starts_alone_trains(on_disk, tmp_path, config):
     """Only the frozen ends are exchanged, and sizes lowered."""
-    shipped = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    shipped = SHIPPED[config]
     resampler = shipped["model"]["bridge"]["init_args"]["resampler"]
     small = {"dim": 16, "num_heads": 2, "head_dim": 8, "depth": 1, "num_layers": 1}
     more = [
@@ -213,6 +222,98 @@ def test_two_ranks_train_one_bridge(on_disk, tmp_path):
     epochs = torch.load(run / LAST, weights_only=True)["epoch"]
     assert epochs == 1
     assert bridges.load(run)
+
+
+# --- other modules, other beginnings
+
+
+@pytest.fixture
+def other_module(tmp_path, monkeypatch) -> str:
+    """The class path of a module that lies outside this project."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "other_module.py").write_text(
+        "from recipes.module import CaptionModule\n\n\n"
+        "class Doubled(CaptionModule):\n"
+        "    def __init__(self, *args, factor: float = 2.0, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        self.factor = factor\n\n"
+        "    def done(self, folder):\n"
+        "        return f'doubled by {self.factor}'\n"
+    )
+    monkeypatch.syspath_prepend(str(code))
+    return "other_module.Doubled"
+
+
+def test_a_module_by_its_class_path(on_disk, tmp_path, other_module, capsys):
+    chosen = tmp_path / "chosen.yaml"
+    chosen.write_text(yaml.safe_dump({"module": other_module, "model": {"factor": 3.0}}))
+    usual = tmp_path / "usual.yaml"
+    usual.write_text(yaml.safe_dump({"module": "recipes.module.CaptionModule"}))
+    run, one = tmp_path / "run", "--trainer.max_steps=1"
+    main = ["train", *on_disk.arguments(run, f"--config={usual}", f"--config={chosen}", one)]
+    assert cli.main(main) == 0
+    assert "doubled by 3.0" in capsys.readouterr().out
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["module"] == other_module
+    again = ["train", f"--config={run / 'config.yaml'}", f"--run={tmp_path / 'again'}"]
+    assert cli.main(again) == 0
+    assert "doubled by 3.0" in capsys.readouterr().out
+    # The command line comes first, wherever it stands.
+    named = tmp_path / "named.yaml"
+    named.write_text(yaml.safe_dump({"module": other_module}))
+    usually = on_disk.arguments(tmp_path / "usual", one, f"--config={named}")
+    run = train(["--module", "recipes.module.CaptionModule", *usually])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["module"] == "recipes.module.CaptionModule"
+    explicit = on_disk.arguments(tmp_path / "explicit", one, f"--config={usual}")
+    assert cli.main(["train", f"--module={other_module}", *explicit]) == 0
+    assert "doubled by 2.0" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "explicit" / "config.yaml").read_text())
+    assert config["module"] == other_module
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere.Module", "recipes.module.Nothing", "torch.nn.Linear", "Module", "3"]
+)
+def test_a_module_that_cannot_be_trained(on_disk, tmp_path, path, capsys):
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", f"--module={path}"))
+    assert f"found module '{path}'" in message
+    assert "BridgeModule" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_pretrained_weights(on_disk, tmp_path, monkeypatch):
+    given = []
+
+    def load_pretrained(self, path):
+        given.append(path)
+        with torch.no_grad():
+            self.latents.fill_(7.0)
+
+    monkeypatch.setattr("perceiver.PerceiverResampler.load_pretrained", load_pretrained)
+    start = ["--model.init_from=stage1", "--model.optimizer.lr=1e-9"]
+    run = train(on_disk.arguments(tmp_path / "run", *start, "--trainer.max_steps=1"))
+    assert given == ["stage1"]
+    weights = load_file(run / WEIGHTS_FILE)["bridge.resampler.latents"]
+    assert torch.allclose(weights, torch.tensor(7.0), atol=1e-3)
+    assert "init_from" not in (run / RUN_FILE).read_text()
+    bridges.load(run)
+    train(on_disk.arguments(run, *start, "--trainer.max_steps=2", "--resume=true"))
+    assert given == ["stage1"]
+
+
+def test_weights_to_start_from_that_do_not_fit(on_disk, tmp_path, capsys):
+    """A resampler that takes none, and a run of another encoder."""
+    (tmp_path / "stage1").mkdir()
+    for content in (None, {"fingerprints": {"vision": "other"}}):
+        if content is not None:
+            (tmp_path / "stage1" / RUN_FILE).write_text(json.dumps(content))
+        start = f"--model.init_from={tmp_path / 'stage1'}"
+        message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", start))
+        expected = "init_from" if content is None else "was trained with other"
+        assert expected in message
+        assert not (tmp_path / "run").exists()
 
 
 def test_captions_from_the_command_line(run, on_disk, tmp_path, capsys):

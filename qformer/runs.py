@@ -1,0 +1,179 @@
+"""Stage-1 runs on disk: the Q-Former with its heads, and the encoder that it belongs to."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bridges.files import staged, write_json
+from bridges.run import RUN_FILE, VisionSource
+from bridges.vision import VisionEncoder
+from qformer.resampler import QFormer
+from qformer.stage1 import Stage1
+
+KIND = "blip2_stage1"
+FORMAT = 1
+WEIGHTS_FILE = "stage1.safetensors"
+QFORMER = "qformer."
+TEXT_PARTS = ("text_embeddings.", ".text_ff.", ".text_norm.")
+"""Parts of a Q-Former's names that belong to its text branch."""
+
+
+@dataclass(frozen=True)
+class Stage1Spec:
+    """What a stage-1 run is made of: enough to build its model again.
+
+    Attributes:
+        vision: the frozen encoder.
+        qformer: arguments of `QFormer`, but for the encoder's sizes.
+        stage1: arguments of `Stage1`, but for the Q-Former.
+        max_text_tokens: to which texts were cut in training.
+        fingerprints: of the encoder (``vision``), filled by `save_stage1`.
+    """
+
+    vision: VisionSource
+    qformer: dict[str, Any] = field(default_factory=dict)
+    stage1: dict[str, Any] = field(default_factory=dict)
+    max_text_tokens: int = 32
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def build(self, vision: VisionEncoder) -> Stage1:
+        """The model, untrained.
+
+        Raises:
+            ValueError: an argument that there is not.
+        """
+        try:
+            return Stage1(QFormer(vision=vision.shape, **self.qformer), **self.stage1)
+        except TypeError as error:
+            raise ValueError(
+                f"found sizes of a stage-1 run that cannot be built ({error}); expected the "
+                f"{RUN_FILE} as `bridges train` wrote it: restore it, or train again"
+            ) from error
+
+
+def save_stage1(folder: Path, stage1: Stage1, spec: Stage1Spec, vision: VisionEncoder) -> None:
+    """Writes the weights and `run.json`; the encoder is named, not stored."""
+    state = {n: t.detach().cpu().contiguous() for n, t in stage1.state_dict().items()}
+    with staged(folder / WEIGHTS_FILE) as path:
+        save_file(state, path)
+    described = asdict(spec) | {"fingerprints": {"vision": vision.fingerprint}}
+    write_json(folder / RUN_FILE, {"format": FORMAT, "kind": KIND} | described)
+
+
+def is_stage1_run(folder: Path) -> bool:
+    """Whether a folder holds a stage-1 run."""
+    return (folder / WEIGHTS_FILE).is_file() and (folder / RUN_FILE).is_file()
+
+
+def read_stage1(folder: Path) -> Stage1Spec:
+    """Reads `run.json`.
+
+    Raises:
+        ValueError: the folder holds no finished stage-1 run, or one of another format.
+    """
+    if not is_stage1_run(folder):
+        raise ValueError(
+            f"found no {RUN_FILE} with {WEIGHTS_FILE} in {folder}; expected a stage-1 run: give "
+            "the folder that `bridges train --config blip2_stage1… --run` wrote to"
+        )
+    try:
+        raw = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        found = (raw.pop("format"), raw.pop("kind"))
+        if found != (FORMAT, KIND):
+            raise ValueError(f"format and kind {found} in place of {(FORMAT, KIND)}")
+        return Stage1Spec(VisionSource(**raw.pop("vision")), **raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"found a {RUN_FILE} in {folder} that does not describe a stage-1 run ({error!r}); "
+            "expected the file as `bridges train` wrote it: restore it, or train again"
+        ) from error
+
+
+def load_stage1(
+    folder: str | Path,
+    *,
+    vision: VisionEncoder | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[VisionEncoder, Stage1]:
+    """Loads a stage-1 run with its frozen encoder, in evaluation mode.
+
+    Args:
+        folder: a stage-1 run.
+        vision: the encoder, if it is loaded already.
+        device: the GPU if there is one, else the CPU, by default.
+
+    Raises:
+        ValueError: no such run, a damaged one, or an encoder that it does not belong to.
+    """
+    folder = Path(folder)
+    spec = read_stage1(folder)
+    vision = vision or VisionEncoder.load(**vars(spec.vision))
+    expected = spec.fingerprints.get("vision")
+    if vision.fingerprint != expected:
+        raise ValueError(
+            f"found a vision encoder with fingerprint {vision.fingerprint}; {folder} was trained "
+            f"with {expected}: load the same weights (and the same layer), or train again"
+        )
+    stage1 = spec.build(vision)
+    load_weights(stage1, read_weights(folder), str(folder))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return vision.to(device), stage1.eval().to(device)
+
+
+def read_qformer(folder: Path, qformer: QFormer) -> None:
+    """Puts a stage-1 run's Q-Former into another, its text branch only where that has one.
+
+    Raises:
+        ValueError: no such run, or a Q-Former of other sizes.
+    """
+    read_stage1(folder)
+    state = read_weights(folder)
+    state = {n.removeprefix(QFORMER): t for n, t in state.items() if n.startswith(QFORMER)}
+    if qformer.vocab_size is None:
+        state = {n: t for n, t in state.items() if not any(part in n for part in TEXT_PARTS)}
+    load_weights(qformer, state, str(folder))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a stage-1 run.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(
+            f"found {folder / WEIGHTS_FILE} damaged ({error}); expected the file as it was "
+            "written: copy it again"
+        ) from error
+
+
+def load_weights(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors into a module.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; nothing is changed.
+    """
+    own = module.state_dict()
+    wrong = [f"{name} (only in one of them)" for name in sorted(own.keys() ^ state.keys())]
+    wrong += [
+        f"{name} ({tuple(state[name].shape)} for {tuple(own[name].shape)})"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"found weights in {where} that do not fit this {type(module).__name__} in "
+            f"{len(wrong)} places, e.g. {wrong[0]}; expected the same sizes on both sides: give "
+            "num_queries, dim, depth, num_heads, ff_dim and cross_attention_every as they were "
+            "there, and a tokenizer if a text branch is wanted"
+        )
+    module.load_state_dict(dict(state))
