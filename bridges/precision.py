@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -12,6 +13,17 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively (AVX-512 BF16 or AMX); emulation is slower."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """In the type that autocast would give it to a matrix product; as it is without autocast.
+
+    For what several products take: autocast keeps its casts of weights, and casts anything else
+    anew for each of them.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def resolve_dtype(name: Precision) -> torch.dtype:

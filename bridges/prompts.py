@@ -117,7 +117,8 @@ class PromptEncoder:
         Prompt and completion are tokenised apart, so that "A photo of" and "a cat" would else
         run into one word.
         """
-        apart = not prompt or prompt.endswith((self.image_token, " ", "\n"))
+        ends = (self.image_token, " ", "\n", self.tokenizer.bos_token or "\n")
+        apart = not prompt or prompt.endswith(ends)
         return caption if apart else f" {caption}"
 
     def shortened(self, question: str) -> str:

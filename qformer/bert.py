@@ -51,6 +51,7 @@ def init_from_bert(qformer: QFormer, name: str) -> dict[str, Tensor]:
     if config.model_type != "bert":
         raise ValueError(f"found a {config.model_type!r} model at {name!r}; expected a BERT")
     _check_sizes(qformer, config, name)
+    _check_words(qformer, source, name)
     model, report = AutoModelForMaskedLM.from_pretrained(
         source, output_loading_info=True, dtype=torch.float32
     )
@@ -104,6 +105,21 @@ def _check_sizes(qformer: QFormer, config: Any, name: str) -> None:
         raise ValueError(
             f"found a Q-Former with {', '.join(wrong)}; expected the sizes of the BERT {name!r} "
             "(fewer layers are fine): change them, or start without a BERT"
+        )
+
+
+def _check_words(qformer: QFormer, source: str, name: str) -> None:
+    """The Q-Former's token ids mean the same words as the BERT's."""
+    from transformers import AutoTokenizer
+
+    if qformer.tokenizer is None:
+        return
+    theirs, ours = AutoTokenizer.from_pretrained(source).get_vocab(), qformer.tokenizer.get_vocab()
+    moved = [word for word, place in theirs.items() if ours.get(word) != place]
+    if moved:
+        raise ValueError(
+            f"found {len(moved)} words of {name!r} with other ids in the Q-Former's tokenizer, "
+            f"e.g. {moved[0]!r}; expected one vocabulary: give both the same name"
         )
 
 

@@ -40,6 +40,15 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
+def joined_mean(losses: Tensor) -> Tensor:
+    """This rank's part of the mean over all ranks' losses, which is the mean of all parts.
+
+    Shape: (m) -> (), where m may differ by rank.
+    """
+    count = total(torch.tensor(float(len(losses)), device=losses.device))
+    return losses.sum() * world_size() / count.clamp(min=1)
+
+
 def longest(length: int, device: torch.device) -> int:
     """The largest of all ranks' lengths."""
     if world_size() == 1:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bridges.attention import Attention, attend
 from bridges.feed_forward import FeedForward
+from bridges.precision import as_autocast
 from qformer.layout import Layout
 
 BERT_EPS = 1e-12
@@ -66,8 +67,8 @@ class QFormerLayer(nn.Module):
         Returns:
             (m', d).
         """
-        block = self.self_attention
-        q, k, v = (layout.heads(p(x), block.num_heads) for p in (block.q, block.k, block.v))
+        block, low = self.self_attention, as_autocast(x)
+        q, k, v = (layout.heads(p(low), block.num_heads) for p in (block.q, block.k, block.v))
         mask = layout.mask[:, None] if layout.mask is not None else None
         out = layout.flat(attend(q, k, v, mask))
         if keep is not None:

@@ -23,7 +23,8 @@ def itc_mask(num_queries: int, text_mask: Tensor) -> Tensor:
         bool (b, n + t, n + t).
     """
     text = _is_text(num_queries, text_mask)
-    return _real(num_queries, text_mask) & (text[:, None] == text[None, :])
+    # Not "==", which torch.compile cannot take of booleans on a CPU.
+    return _real(num_queries, text_mask) & ~(text[:, None] ^ text[None, :])
 
 
 def itm_mask(num_queries: int, text_mask: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ class MomentumTeacher(nn.Module):
     Args:
         student: to be copied.
         momentum: of the exponential moving average of the weights.
-        queue_size: image and text features kept; 32 queries of width 256 make 32 KiB an image
-            in fp32, so 2 GiB at ALBEF's 65536.
+        queue_size: image and text features kept. At ALBEF's 65536, 32 queries of width 256 are
+            2 GiB (in every checkpoint, and once more within a step), and their similarities with
+            b texts 8 MiB · b.
         alpha: weight of the teacher's opinion in the targets.
         ramp_steps: steps in which `alpha` grows from 0. ALBEF: those of the first epoch.
 
@@ -53,6 +54,8 @@ class MomentumTeacher(nn.Module):
         ramp_steps: int = 0,
     ) -> None:
         super().__init__()
+        if queue_size < 1:
+            raise ValueError(f"found queue_size={queue_size}; expected at least 1")
         self.model = deepcopy(student).requires_grad_(False)
         self.momentum = momentum
         self.max_alpha = alpha
@@ -72,64 +75,57 @@ class MomentumTeacher(nn.Module):
         """Weight of the teacher's opinion at this step."""
         if not self.ramp_steps:
             return self.max_alpha
-        return self.max_alpha * min(1.0, int(self.steps) / self.ramp_steps)
+        return self.max_alpha * min(1.0, max(0, int(self.steps) - 1) / self.ramp_steps)
 
     @torch.no_grad()
     def update(self, student: Stage1) -> None:
-        """Follows the student; call it before each step, as ALBEF does."""
+        """Follows the student; call it before each optimiser step, as ALBEF does."""
+        self.steps.add_(1)
         for ours, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
             ours.lerp_(theirs.to(ours.dtype), 1 - self.momentum)
 
+    @torch.no_grad()
+    def embed(self, vision: VisionFeatures, text: Instruction) -> tuple[Tensor, Tensor]:
+        """The teacher's features: images (b, n, e), texts (b, e)."""
+        return self.model.image_embeddings(vision), self.model.text_embeddings(text)
+
     def losses(
         self,
-        images: Tensor,
-        texts: Tensor,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
         temperature: Tensor,
         joined: JoinedBatch,
-        vision: VisionFeatures,
-        text: Instruction,
     ) -> Tensor:
         """Contrast of the student's features with the teacher's; then the queue moves on.
 
         Args:
-            images: the student's (b, n, e).
-            texts: the student's (b, e).
+            student: its images (b, n, e) and texts (b, e).
+            teacher: likewise, from `embed`.
             temperature: the student's.
             joined: the batch of all ranks.
-            vision: the images themselves.
-            text: the captions themselves.
 
         Returns:
             One loss for each image, then one for each text: (2 b).
         """
+        new = gather(teacher[0]), gather(teacher[1])
+        own = slice(joined.first, joined.first + joined.size)
+        image_ids = torch.cat([joined.image_ids, self.image_ids])
+        text_ids = torch.cat([joined.text_ids, self.text_ids])
+        same = (image_ids[own, None] == image_ids) | (text_ids[own, None] == text_ids)
+        allowed = ~same & (image_ids != EMPTY)
+        allowed = allowed.scatter(1, joined.own[:, None], True)
+        # Copies, for the queue moves on before backward.
+        queue = self.image_queue.clone(), self.text_queue.clone()
+        found = _logits(student, new, queue, temperature)
         with torch.no_grad():
-            seen_images = self.model.image_embeddings(vision)
-            seen_texts = self.model.text_embeddings(text)
-            new_images, new_texts = gather(seen_images), gather(seen_texts)
-            all_images = torch.cat([new_images, self.image_queue])
-            all_texts = torch.cat([new_texts, self.text_queue])
-            image_ids = torch.cat([joined.image_ids, self.image_ids])
-            text_ids = torch.cat([joined.text_ids, self.text_ids])
-            own = slice(joined.first, joined.first + joined.size)
-            same = image_ids[own, None] == image_ids
-            same |= text_ids[own, None] == text_ids
-            allowed = ~same & (image_ids != EMPTY)
-            allowed[torch.arange(joined.size), joined.own] = True
-            teacher = (
-                similarity(seen_images, all_texts) / temperature,
-                similarity(all_images, seen_texts).T / temperature,
-            )
-        student = (
-            similarity(images, all_texts) / temperature,
-            similarity(all_images, texts).T / temperature,
-        )
+            opinions = _logits(teacher, new, queue, temperature)
         losses = [
             soft_contrastive_loss(logits, self.targets(opinion, joined.own, allowed), allowed)
-            for logits, opinion in zip(student, teacher, strict=True)
+            for logits, opinion in zip(found, opinions, strict=True)
         ]
-        finite = new_images.isfinite().all() & new_texts.isfinite().all()
+        finite = new[0].isfinite().all() & new[1].isfinite().all()
         if self.training and torch.is_grad_enabled() and bool(finite):
-            self._enqueue(new_images, new_texts, joined)
+            self._enqueue(*new, joined)
         return torch.cat(losses)
 
     def targets(self, logits: Tensor, own: Tensor, allowed: Tensor) -> Tensor:
@@ -149,4 +145,16 @@ class MomentumTeacher(nn.Module):
         self.image_ids[places] = joined.image_ids[kept]
         self.text_ids[places] = joined.text_ids[kept]
         self.next.copy_((self.next + len(images)) % size)
-        self.steps.add_(1)
+
+
+def _logits(
+    who: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    queue: tuple[Tensor, Tensor],
+    temperature: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Images to all candidates, texts to all candidates: the batch's, then the queue's."""
+    images, texts = who
+    to_texts = [similarity(images, candidates) for candidates in (new[1], queue[1])]
+    to_images = [similarity(candidates, texts).T for candidates in (new[0], queue[0])]
+    return torch.cat(to_texts, dim=1) / temperature, torch.cat(to_images, dim=1) / temperature

@@ -4,8 +4,11 @@ b samples of this rank, g of all ranks (this rank's among them), n queries, e wi
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from qformer.gather import joined_mean
 
 
 def similarity(images: Tensor, texts: Tensor) -> Tensor:
@@ -50,20 +53,38 @@ def soft_contrastive_loss(logits: Tensor, targets: Tensor, allowed: Tensor) -> T
     return -(targets * log_probabilities.masked_fill(~allowed, 0.0)).sum(dim=1)
 
 
+def matching_loss(logits: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, over the batch of all ranks, and accuracy of ITM.
+
+    Args:
+        logits: (3, b, 2), of the pairs, of negative texts, of negative images.
+        exists: bool (b), which samples have a negative at all; the others' do not count.
+    """
+    counts = torch.stack([torch.ones_like(exists), exists, exists])
+    targets = torch.zeros(counts.shape, dtype=torch.long, device=logits.device)
+    targets[0] = 1
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    right = (logits.argmax(dim=-1) == targets)[counts]
+    return joined_mean(losses[counts.flatten()]), right.float().mean()
+
+
 def draw_negatives(logits: Tensor, allowed: Tensor, noise: Tensor) -> Tensor:
     """Draws a hard negative for each row from softmax(logits) over what is allowed.
 
-    The draw is the largest of logits plus Gumbel noise, which has that distribution; ranks that
-    share the noise draw what one process would.
+    Ranks that share the noise draw what one process would.
 
     Args:
         logits: (b, g).
         allowed: bool (b, g).
-        noise: (b, g), uniform in 0…1.
+        noise: (b), uniform in 0…1: the place in each row's cumulative distribution.
 
     Returns:
         Columns, long (b); one that means nothing where a row may draw none.
     """
-    noise = noise.clamp(1e-20, 1 - 1e-7)
-    scores = logits.detach().float() - torch.log(-torch.log(noise))
-    return scores.masked_fill(~allowed, -torch.inf).argmax(dim=1)
+    masked = logits.detach().double().masked_fill(~allowed, -torch.inf)
+    reached = masked.softmax(dim=1).nan_to_num().cumsum(dim=1)
+    # Not beyond the last column allowed, whatever rounding says.
+    place = (noise.double() * reached[:, -1]).clamp(max=1.0 - 1e-12)[:, None]
+    drawn = torch.searchsorted(reached, place, right=True).squeeze(1)
+    last = (allowed * torch.arange(allowed.shape[1], device=allowed.device)).amax(dim=1)
+    return drawn.minimum(last)

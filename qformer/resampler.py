@@ -8,6 +8,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from bridges.contract import Instruction, Resampler, VisionFeatures, VisionShape
+from bridges.precision import as_autocast
+from bridges.run import WEIGHTS_FILE as BRIDGE_FILE
 from qformer.layers import BERT_EPS, Projected, QFormerLayer
 from qformer.layout import Layout
 from qformer.masks import instruction_mask
@@ -109,13 +111,15 @@ class QFormer(Resampler):
             mask = repeat(text.attention_mask, "b t -> (b i) t", i=i)
             layout = Layout.of(self.num_tokens, mask, instruction_mask)
             ids = repeat(text.input_ids, "b t -> (b i) t", i=i)
-            x = torch.cat([x, self.embed_text(ids, layout)])
+            x = torch.cat([x, self.embed_text(ids, mask)])
         # The text's outputs are not wanted.
         x = self.transform(x, layout, images, keep_text=torch.arange(0, device=x.device))
         return rearrange(x, "(b i n) d -> b i n d", b=b, i=i)
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Takes the weights of a stage-1 run, a LAVIS ``.pth`` or a Hugging Face folder.
+        """Takes the weights of a run, a LAVIS ``.pth`` or a Hugging Face folder.
+
+        The run may be one of stage 1, or that of a bridge around a Q-Former (stage 2).
 
         A text branch is taken along if this Q-Former has one, and left out if not.
 
@@ -123,10 +127,12 @@ class QFormer(Resampler):
             ValueError: nothing of the kind there, or weights of other sizes.
         """
         from qformer.official import load_resampler
-        from qformer.runs import is_stage1_run, read_qformer
+        from qformer.runs import is_stage1_run, read_bridge, read_qformer
 
         if is_stage1_run(Path(path)):
             read_qformer(Path(path), self)
+        elif (Path(path) / BRIDGE_FILE).is_file():
+            read_bridge(Path(path), self)
         else:
             load_resampler(path, self)
 
@@ -141,11 +147,7 @@ class QFormer(Resampler):
         """
         norm = self.ln_vision
         normalised = F.layer_norm(patches.float(), norm.normalized_shape, eps=norm.eps)
-        if torch.is_autocast_enabled(patches.device.type):
-            # Once, and not once for each of the projections.
-            normalised = normalised.to(torch.get_autocast_dtype(patches.device.type))
-        else:
-            normalised = normalised.to(norm.weight.dtype)
+        normalised = as_autocast(normalised.to(norm.weight.dtype))
         readers = [layer.cross_attention for layer in self.blocks]
         return [
             (
@@ -160,28 +162,38 @@ class QFormer(Resampler):
         """The queries for a number of rows: (rows · n, d)."""
         return repeat(self.embedding_norm(self.queries), "n d -> (r n) d", r=rows)
 
-    def embed_text(self, input_ids: Tensor, layout: Layout, period: int | None = None) -> Tensor:
-        """Word and position embeddings of a layout's real text tokens, normed: (m, d).
+    def embed_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Word and position embeddings of the real tokens, row by row, normed: (m, d).
 
         Args:
             input_ids: long (r, t).
-            layout: of the text.
-            period: positions start anew after this many; t by default.
+            mask: bool (r, t); False marks padding.
 
         Raises:
             ValueError: no text branch, or text that is longer than its positions.
         """
+        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return self.embed_tokens(input_ids[mask], positions[mask], mask.shape[1])
+
+    def embed_tokens(self, ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Word and position embeddings, normed: long (m), long (m) -> (m, d).
+
+        Args:
+            ids: of the tokens.
+            positions: of the tokens, below `length`.
+            length: of the longest text.
+
+        Raises:
+            ValueError: as `embed_text`.
+        """
         table = self.text_embeddings
-        if table is None or layout.text is None:
+        if table is None:
             raise ValueError("found no text branch; expected one: build with tokenizer=…")
-        period = period or layout.length
-        if period > table.position.num_embeddings:
+        if length > table.position.num_embeddings:
             raise ValueError(
-                f"found text of {period} tokens; expected at most {table.position.num_embeddings}: "
+                f"found text of {length} tokens; expected at most {table.position.num_embeddings}: "
                 "cut it, or build the Q-Former with a larger max_text"
             )
-        ids = input_ids.flatten().index_select(0, layout.text)
-        positions = layout.text % layout.length % period
         return self.embedding_norm(table.word(ids) + table.position(positions))
 
     def transform(

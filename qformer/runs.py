@@ -1,5 +1,6 @@
 """Stage-1 runs on disk: the Q-Former with its heads, and the encoder that it belongs to."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bridges.files import staged, write_json
-from bridges.run import RUN_FILE, VisionSource
+from bridges.run import RUN_FILE, VisionSource, read_run
+from bridges.run import WEIGHTS_FILE as BRIDGE_FILE
 from bridges.vision import VisionEncoder
 from qformer.resampler import QFormer
 from qformer.stage1 import Stage1
@@ -115,16 +117,49 @@ def load_stage1(
     folder = Path(folder)
     spec = read_stage1(folder)
     vision = vision or VisionEncoder.load(**vars(spec.vision))
-    expected = spec.fingerprints.get("vision")
+    check_encoder(folder, vision)
+    stage1 = spec.build(vision)
+    load_weights(stage1, read_weights(folder / WEIGHTS_FILE), str(folder))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return vision.to(device), stage1.eval().to(device)
+
+
+def check_encoder(folder: Path, vision: VisionEncoder) -> None:
+    """Refuses an encoder that a stage-1 run was not trained with.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    expected = read_stage1(folder).fingerprints.get("vision")
     if vision.fingerprint != expected:
         raise ValueError(
             f"found a vision encoder with fingerprint {vision.fingerprint}; {folder} was trained "
             f"with {expected}: load the same weights (and the same layer), or train again"
         )
-    stage1 = spec.build(vision)
-    load_weights(stage1, read_weights(folder), str(folder))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return vision.to(device), stage1.eval().to(device)
+
+
+def check_shapeless(folder: Path, given: Mapping[str, Any], qformer: QFormer) -> None:
+    """Refuses a Q-Former whose settings differ where no tensor's shape would show it.
+
+    Args:
+        folder: of the run.
+        given: the arguments of the run's Q-Former.
+        qformer: to be filled.
+
+    Raises:
+        ValueError: another number of heads, or another epsilon of `ln_vision`.
+    """
+    defaults = inspect.signature(QFormer).parameters
+    there = {n: given.get(n, defaults[n].default) for n in ("num_heads", "ln_vision_eps")}
+    here = {
+        "num_heads": qformer.blocks[0].self_attention.num_heads,
+        "ln_vision_eps": qformer.ln_vision.eps,
+    }
+    if here != there:
+        raise ValueError(
+            f"found a Q-Former with {here}; expected {there}, as in {folder}: give it the same "
+            "arguments"
+        )
 
 
 def read_qformer(folder: Path, qformer: QFormer) -> None:
@@ -133,26 +168,48 @@ def read_qformer(folder: Path, qformer: QFormer) -> None:
     Raises:
         ValueError: no such run, or a Q-Former of other sizes.
     """
-    read_stage1(folder)
-    state = read_weights(folder)
-    state = {n.removeprefix(QFORMER): t for n, t in state.items() if n.startswith(QFORMER)}
+    check_shapeless(folder, read_stage1(folder).qformer, qformer)
+    state = read_weights(folder / WEIGHTS_FILE)
+    _take(qformer, state, QFORMER, str(folder))
+
+
+def read_bridge(folder: Path, qformer: QFormer) -> None:
+    """Puts the Q-Former of a bridge's run into another, likewise.
+
+    Raises:
+        ValueError: a bridge around another resampler, or a Q-Former of other sizes.
+    """
+    resampler = read_run(folder).bridge.get("init_args", {}).get("resampler", {})
+    if isinstance(resampler, str):
+        resampler = {"class_path": resampler}
+    if resampler.get("class_path", "").rpartition(".")[2] != QFormer.__name__:
+        raise ValueError(
+            f"found a bridge around {resampler.get('class_path')} in {folder}; expected one around "
+            "a qformer.QFormer: give the run of one, or of stage 1"
+        )
+    check_shapeless(folder, resampler.get("init_args") or {}, qformer)
+    _take(qformer, read_weights(folder / BRIDGE_FILE), "bridge.resampler.", str(folder))
+
+
+def _take(qformer: QFormer, state: Mapping[str, Tensor], prefix: str, where: str) -> None:
+    """The part of a state that begins with a prefix, text branch only where there is one."""
+    own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     if qformer.vocab_size is None:
-        state = {n: t for n, t in state.items() if not any(part in n for part in TEXT_PARTS)}
-    load_weights(qformer, state, str(folder))
+        own = {n: t for n, t in own.items() if not any(part in n for part in TEXT_PARTS)}
+    load_weights(qformer, own, where)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a stage-1 run.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a run.
 
     Raises:
         ValueError: a damaged file.
     """
     try:
-        return load_file(folder / WEIGHTS_FILE)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"found {folder / WEIGHTS_FILE} damaged ({error}); expected the file as it was "
-            "written: copy it again"
+            f"found {path} damaged ({error}); expected the file as it was written: copy it again"
         ) from error
 
 

@@ -21,6 +21,9 @@ from bridges.prompts import CAPTION_INSTRUCTION, encode_instruction, instruction
 from bridges.vision import Preprocess
 from recipes.samples import decode_caption_sample
 
+NAMES = ("patches", "image_mask")
+"""Of the tensors in `VisionFeatures`."""
+
 BatchT = TypeVar("BatchT", bound="Batch")
 
 
@@ -49,8 +52,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def features(self, encoder: VisionEncoder) -> VisionFeatures:
-        """The features of the pictures, computed now unless they come from a cache."""
+    def features(self, encoder: VisionEncoder, chunk_size: int | None = None) -> VisionFeatures:
+        """The features of the pictures, computed now unless they come from a cache.
+
+        Args:
+            encoder: frozen.
+            chunk_size: pictures encoded together; all by default.
+        """
+        if self.grid is None and chunk_size is not None:
+            parts = [encoder.encode(part) for part in self.images.split(chunk_size)]
+            patches, masks = (torch.cat([getattr(p, n) for p in parts]) for n in NAMES)
+            return VisionFeatures(patches, masks, parts[0].grid)
         if self.grid is None:
             return encoder.encode(self.images)
         mask = torch.ones(self.images.shape[:2], dtype=torch.bool, device=self.images.device)

@@ -57,9 +57,13 @@ def cache_features(
     if any(is_cached(path) for path in paths):
         return paths
     digests = [shard_digest(path) for path in paths]
-    content = "\n".join([encoder.fingerprint, on_error, *digests])
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    folder = cache / name
+    # What was made by stopping at a bad picture has none, and serves whoever would skip them.
+    for policy in ("raise", on_error):
+        content = "\n".join([encoder.fingerprint, policy, *digests])
+        name = hashlib.sha256(content.encode()).hexdigest()[:16]
+        folder = cache / name
+        if (folder / FEATURES_FILE).is_file():
+            return sorted(folder.glob(PATTERN))
     cache.mkdir(parents=True, exist_ok=True)
     # Of several ranks on a machine the first encodes, the others wait and find the result.
     with FileLock(cache / f"{name}.lock"):

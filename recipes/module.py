@@ -1,6 +1,5 @@
 """One Lightning module for every generative bridge."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from bridges import (
 )
 from bridges.language import IMAGE_TOKEN
 from bridges.prompts import CAPTION_INSTRUCTION, QUESTION, instruction_tokenizer
-from bridges.run import RUN_FILE, check_fingerprints
+from bridges.run import check_fingerprints
+from qformer.runs import check_encoder, is_stage1_run
 from recipes.batch import CaptionBatch, CaptionCollator
 from recipes.data import CaptionData
 from recipes.training import BridgeModule, OptimizerOptions
@@ -117,13 +117,8 @@ class CaptionModule(BridgeModule):
                 "cannot be given weights; expected one with load_pretrained, such as "
                 "qformer.QFormer: leave model.init_from out, or choose another resampler"
             )
-        trained_with = _encoder_of(Path(self.init_from))
-        if trained_with not in (None, self.vision.fingerprint):
-            raise ValueError(
-                f"found a vision encoder with fingerprint {self.vision.fingerprint}; the run in "
-                f"{self.init_from} was trained with {trained_with}: give model.vision the same "
-                "weights (and the same layer)"
-            )
+        if is_stage1_run(Path(self.init_from)):
+            check_encoder(Path(self.init_from), self.vision)
         load(self.init_from)
 
     def collator(self, max_tokens: int) -> CaptionCollator:
@@ -156,11 +151,3 @@ class CaptionModule(BridgeModule):
         return self.vlm(
             text.input_ids, text.attention_mask, text.labels, features, batch.instruction
         )
-
-
-def _encoder_of(run: Path) -> str | None:
-    """Fingerprint of the encoder that a run belongs to; None for what is no run of ours."""
-    if not (run / RUN_FILE).is_file():
-        return None
-    spec = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    return spec.get("fingerprints", {}).get("vision")

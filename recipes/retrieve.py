@@ -66,7 +66,7 @@ def score(
         return Instruction(ids[:, :longest].to(device), mask[:, :longest].to(device))
 
     def match(pictures: Tensor, of: Tensor) -> Tensor:
-        """Pairs come picture by picture: each is projected once for many texts."""
+        """Pairs come picture by picture: each is projected once for a batch of texts."""
         logits, done = torch.empty(len(pictures)), 0
         found, counts = pictures.unique_consecutive(return_counts=True)
         todo = list(zip(found.tolist(), counts.tolist(), strict=True))

@@ -1,9 +1,7 @@
-"""BLIP-2's first stage as a recipe: batches of pairs, and the module that trains on them."""
+"""BLIP-2's first stage as a recipe."""
 
-import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +9,29 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from bridges import Instruction, ResamplerFactory, VisionEncoder, VisionSource
-from bridges.prompts import encode_text
+from bridges import ResamplerFactory, VisionEncoder, VisionSource
 from qformer import MomentumTeacher, QFormer, Stage1, init_from_bert
 from qformer.gather import gather
+from qformer.official import check_sizes, read_official
 from qformer.official_models import load_official_stage1
 from qformer.retrieval import itc_similarity, recall_at
-from qformer.runs import Stage1Spec, is_stage1_run, load_weights, read_weights, save_stage1
+from qformer.runs import (
+    WEIGHTS_FILE,
+    Stage1Spec,
+    check_encoder,
+    check_shapeless,
+    is_stage1_run,
+    load_weights,
+    read_stage1,
+    read_weights,
+    save_stage1,
+)
 from qformer.stage1 import OBJECTIVES, Stage1Output
-from recipes.batch import Batch, moved, pictures
 from recipes.data import CaptionData
+from recipes.pairs import PairBatch, PairCollator
 from recipes.training import BridgeModule, OptimizerOptions
 
 RECALL_AT = (1, 5)
-UNLIMITED = 2**20
-"""Tokens that no caption has."""
 
 
 @dataclass(frozen=True)
@@ -52,56 +58,6 @@ class MomentumOptions:
     queue_size: int = 65536
     alpha: float = 0.4
     ramp_steps: int = 0
-
-
-@dataclass(frozen=True)
-class PairBatch(Batch):
-    """Pictures, each with a caption in the Q-Former's own vocabulary.
-
-    Attributes:
-        text: the captions.
-        image_ids: long (b), equal where the pictures are.
-        truncated: number of captions that were cut to fit.
-    """
-
-    text: Instruction
-    image_ids: Tensor
-    truncated: int = 0
-
-    def to(self, device: torch.device | str, **_: Any) -> "PairBatch":
-        text = moved(self.text, device)
-        assert text is not None
-        ids = self.image_ids.to(device, non_blocking=True)
-        return replace(super().to(device), text=text, image_ids=ids)
-
-    def pin_memory(self) -> "PairBatch":
-        ids, mask = self.text.input_ids.pin_memory(), self.text.attention_mask.pin_memory()
-        image_ids = self.image_ids.pin_memory()
-        return replace(super().pin_memory(), text=Instruction(ids, mask), image_ids=image_ids)
-
-
-@dataclass(frozen=True)
-class PairCollator:
-    """Stacks decoded samples and tokenises their captions.
-
-    Attributes:
-        tokenizer: of the Q-Former.
-        max_tokens: longer captions are cut, [CLS] and [SEP] included.
-        grid: rows and columns of cached features.
-    """
-
-    tokenizer: Any
-    max_tokens: int
-    grid: tuple[int, int]
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> PairBatch:
-        batch = pictures(samples, self.grid)
-        captions = [s["captions"][0] for s in samples]
-        lengths = encode_text(self.tokenizer, captions, UNLIMITED).attention_mask.sum(dim=1)
-        truncated = int((lengths > self.max_tokens).sum())
-        text = encode_text(self.tokenizer, captions, self.max_tokens)
-        ids = torch.tensor([_digest(image) for image in batch.images])
-        return PairBatch(**vars(batch), text=text, image_ids=ids, truncated=truncated)
 
 
 class Stage1Module(BridgeModule):
@@ -164,6 +120,11 @@ class Stage1Module(BridgeModule):
         self.weights = vars(weights)
         self.objectives = [name for name in OBJECTIVES if self.weights[name]]
         self.chunk_size = chunk_size
+        if momentum is not None and "itc" not in self.objectives:
+            raise ValueError(
+                "found model.momentum with model.weights.itc: 0; expected ITC for the teacher: "
+                "give it a weight, or leave momentum out"
+            )
         self._freeze_unused()
         # No submodule, or DDP would send its queue to all ranks in every step.
         teacher = MomentumTeacher(self.stage1, **vars(momentum)) if momentum else None
@@ -190,13 +151,18 @@ class Stage1Module(BridgeModule):
         if self.bert is not None:
             head = init_from_bert(self.stage1.qformer, self.bert)
             if head:
-                words = len(head["bias"])
-                self.stage1.lm_head.bias.data[:words] = head.pop("bias")
+                own, bias = self.stage1.lm_head.bias.data, head.pop("bias")
+                words = min(len(own), len(bias))
+                own[:words] = bias[:words]
                 self.stage1.lm_head.load_state_dict(head, strict=False)
         elif self.init_from is not None and is_stage1_run(Path(self.init_from)):
-            load_weights(self.stage1, read_weights(Path(self.init_from)), self.init_from)
+            folder = Path(self.init_from)
+            check_encoder(folder, self.vision)
+            check_shapeless(folder, read_stage1(folder).qformer, self.stage1.qformer)
+            load_weights(self.stage1, read_weights(folder / WEIGHTS_FILE), self.init_from)
         elif self.init_from is not None:
             official, fresh = load_official_stage1(self.init_from, vision=self.vision.shape)
+            check_sizes(read_official(self.init_from), self.stage1.qformer)
             own = self.stage1.state_dict()
             state = official.state_dict() | {name: own[name] for name in fresh}
             load_weights(self.stage1, state, self.init_from)
@@ -245,10 +211,7 @@ class Stage1Module(BridgeModule):
         if "itm" in self.objectives:
             accuracy = output.stats["itm_accuracy"]
             self.log("val_itm_accuracy", accuracy, batch_size=size, sync_dist=True)
-        features = batch.features(self.vision)
-        self._held_out.append(
-            (self.stage1.image_embeddings(features), self.stage1.text_embeddings(batch.text))
-        )
+        self._held_out.append((output.images, output.texts))
 
     def on_validation_epoch_end(self) -> None:
         """Held-out text-to-image recall of ITC, and the sum of the losses."""
@@ -302,6 +265,11 @@ class Stage1Module(BridgeModule):
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         load_weights(self.stage1, parts["stage1"], "the checkpoint")
+        if (self.teacher is None) == bool(parts["teacher"]):
+            raise ValueError(
+                "found a checkpoint with and a run without model.momentum, or the reverse; "
+                "expected them to agree: resume with the settings that the run began with"
+            )
         if self.teacher is not None:
             load_weights(self.teacher, parts["teacher"], "the checkpoint")
 
@@ -325,7 +293,7 @@ class Stage1Module(BridgeModule):
         # The same on all ranks, and the same again after a resume.
         seed = random.Random(f"{data.seed}/{draw}").getrandbits(62)
         return self.stage1(
-            batch.features(self.vision),
+            batch.features(self.vision, self.chunk_size),
             batch.text,
             image_ids=batch.image_ids,
             objectives=self.objectives,
@@ -333,10 +301,3 @@ class Stage1Module(BridgeModule):
             chunk_size=self.chunk_size if self.training else None,
             teacher=teacher,
         )
-
-
-def _digest(image: Tensor) -> int:
-    """A number that equal pictures share."""
-    content = image.contiguous().view(torch.uint8).numpy().tobytes()
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)

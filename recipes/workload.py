@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bridges.precision import Precision, resolve_dtype
 from recipes.memory import peak_bytes
 
-PEAK_SIZE = 2048
-"""Rows and columns of the matrices whose product counts as the machine's peak."""
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices whose product counts as the machine's peak.
+
+On a GPU a small product is over before its launch is.
+"""
 
 UNTIMED = 2
 """Parts of a measurement before its timed rounds: FLOPs; checks and memory."""
@@ -133,10 +136,11 @@ def count_flops(step: Callable[[], object]) -> int:
 def matmul_peak(device: torch.device, dtype: Precision, repeats: int = 10) -> float:
     """GFLOP/s of a large square matrix product, the fastest of several."""
     torch_dtype = resolve_dtype(dtype)
-    a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE, device=device).to(torch_dtype)
+    size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
+    a, b = torch.randn(2, size, size, device=device).to(torch_dtype)
     product = Side(lambda: a @ b, lambda: None)
     product.seconds(device)
-    return 2 * PEAK_SIZE**3 / min(product.seconds(device) for _ in range(repeats)) / 1e9
+    return 2 * size**3 / min(product.seconds(device) for _ in range(repeats)) / 1e9
 
 
 @contextmanager

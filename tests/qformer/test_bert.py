@@ -46,7 +46,9 @@ def text_stream(qformer: QFormer):
     """The outputs at all real tokens, and the batch."""
     text = tiny1.texts_of()
     layout = Layout.of(0, text.attention_mask, itm_mask)
-    return qformer.transform(qformer.embed_text(text.input_ids, layout), layout, []), text
+    return qformer.transform(
+        qformer.embed_text(text.input_ids, text.attention_mask), layout, []
+    ), text
 
 
 @torch.no_grad()

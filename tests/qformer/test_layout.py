@@ -62,7 +62,7 @@ def start(qformer: QFormer, text: Instruction, mask: Callable) -> tuple[Tensor, 
     qformer.train_last_text(True)
     layout = Layout.of(qformer.num_tokens, text.attention_mask, mask)
     queries = qformer.embed_queries(len(text.input_ids))
-    return torch.cat([queries, qformer.embed_text(text.input_ids, layout)]), layout
+    return torch.cat([queries, qformer.embed_text(text.input_ids, text.attention_mask)]), layout
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -89,7 +89,9 @@ def test_nothing_leaks_through_the_layers(function: Callable):
     n, t, mask = tiny1.QUERIES, max(LENGTHS), text.attention_mask
     layout = Layout.of(n, mask, function)
     patches = vision.patches[:, 0].requires_grad_()
-    x = torch.cat([qformer.embed_queries(len(mask)), qformer.embed_text(text.input_ids, layout)])
+    x = torch.cat(
+        [qformer.embed_queries(len(mask)), qformer.embed_text(text.input_ids, text.attention_mask)]
+    )
     x = x.detach().requires_grad_()
     out = qformer.transform(x, layout, qformer.project(patches))
 
@@ -134,31 +136,30 @@ class Watched:
 def test_nothing_leaks_in_stage_1():
     watched = Watched(torch.Generator().manual_seed(0))
     b, n, lengths = len(LENGTHS), tiny1.QUERIES, torch.tensor(LENGTHS)
-    apart, together = watched.words
-    # [ITC's text; ITG's text] of each row, in the order of the flat tokens.
-    row = torch.arange(b).repeat_interleave(2 * lengths)
-    place = torch.cat([torch.arange(k).repeat(2) for k in LENGTHS])
-    writes = torch.cat([torch.arange(2 * k) >= k for k in LENGTHS])
+    (looked_up,) = watched.words
+    # All rows' tokens, looked up once for all objectives, and [DEC], which begins what is written.
+    row = torch.cat([torch.arange(b).repeat_interleave(lengths), torch.tensor([-1])])
+    place = torch.cat([torch.arange(k) for k in [*LENGTHS, 1]])
+    dec = row < 0
     images = torch.eye(b).bool()
 
-    words, read = watched.read("text_projection", apart)
-    assert torch.equal(words, (row == torch.arange(b)[:, None]) & ~writes)
+    words, read = watched.read("text_projection", looked_up)
+    assert torch.equal(words, row == torch.arange(b)[:, None])
     assert not read.any()
 
-    words, read = watched.read("vision_projection", apart)
+    words, read = watched.read("vision_projection", looked_up)
     assert not words.any()
     assert torch.equal(read, images.repeat_interleave(n, dim=0))
 
-    words, read = watched.read("lm_head", apart)
+    words, read = watched.read("lm_head", looked_up)
     predicts = [(r, t) for r, k in enumerate(LENGTHS) for t in range(k - 1)]
-    expected = [writes & (row == r) & (place <= t) for r, t in predicts]
+    expected = [dec | (row == r) & (place > 0) & (place <= t) for r, t in predicts]
     assert torch.equal(words, torch.stack(expected))
     assert torch.equal(read, images[[r for r, _ in predicts]])
 
-    words, read = watched.read("itm_head", together)
+    words, read = watched.read("itm_head", looked_up)
     other_texts, other_images = watched.out.negatives
     own = torch.arange(b)
-    row = torch.arange(b).repeat_interleave(lengths)
     texts = torch.cat([own, other_texts, own]).repeat_interleave(n)
     assert torch.equal(words, row == texts[:, None])
     assert torch.equal(read, images[torch.cat([own, own, other_images]).repeat_interleave(n)])

@@ -239,7 +239,7 @@ def test_command_writes_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(
         bench.BENCHES, "stage1", lambda device: stage1_workloads(device, TINY, cases)
     )
-    monkeypatch.setattr("recipes.workload.PEAK_SIZE", 16)
+    monkeypatch.setattr("recipes.workload.PEAK_SIZE", {"cpu": 16})
     out = tmp_path / "results" / "stage1.json"
     chosen = '--workloads=["tiny", "negatives-gather-b8"]'
     before = torch.get_float32_matmul_precision()

@@ -180,6 +180,8 @@ def test_every_shipped_config_that_starts_from_stage_1(run, on_disk, bert, tmp_p
     resampler = shipped["model"]["bridge"]["init_args"]["resampler"]["init_args"]
     prefix = "--model.bridge.init_args.resampler.init_args."
     more = [f"--model.init_from={run}", "--model.optimizer.lr=1e-30", "--model.optimizer.min_lr=0"]
+    if "ln_vision_eps" in resampler:  # of the checkpoint that it starts from
+        more.append(f"{prefix}ln_vision_eps=1e-5")
     if "tokenizer" in resampler:
         more += [f"{prefix}tokenizer={bert}", f"{prefix}max_text=40"]
     done = train(stage2(on_disk, tmp_path / "run", config, *more))
@@ -232,7 +234,10 @@ def test_the_hub_sized_config_has_no_unknown_key(arguments, tmp_path):
         (["--model.qformer.init_args.tokenizer=null"], "with a tokenizer"),
         (["--data.max_caption_tokens=41"], "expected 3 to 40"),
         (["--data.task=instruction"], "stage 1 learns from captions"),
-        (["--model.init_from=elsewhere"], "found both model.bert and model.init_from"),
+        (["--model.init_from=."], "found both model.bert and model.init_from"),
+        (["--model.init_from=elsewhere"], "found nothing at model.init_from"),
+        (["--model.momentum={queue_size: 0}"], "found queue_size=0"),
+        (["--model.momentum={}", "--model.weights={itc: 0}"], "expected ITC for the teacher"),
         (["--model.qformer.init_args.dim=32"], "expected the sizes of the BERT"),
     ],
 )
@@ -247,3 +252,59 @@ def test_a_stage_1_run_is_no_bridge(run, tmp_path, capsys):
     tiny.Image.new("RGB", (8, 8)).save(picture)
     assert cli.main(["caption", str(picture), "--run", str(run)]) == 2
     assert "stage-1" in capsys.readouterr().err
+
+
+def test_a_frozen_qformer_of_ones_own_stage_2(run, on_disk, tmp_path):
+    """MiniGPT-4's comes from a finished stage 2."""
+    first = train(stage2(on_disk, tmp_path / "a", "blip2_stage2_small", f"--model.init_from={run}"))
+    more = [f"--model.init_from={first}", "--model.optimizer.lr=1e-30"]
+    second = train(stage2(on_disk, tmp_path / "b", "minigpt4_small", *more))
+    trained, again = (load_file(f / bridges.run.WEIGHTS_FILE) for f in (first, second))
+    names = [name for name in trained if name.startswith("bridge.resampler.")]
+    assert names
+    assert all(torch.equal(trained[name], again[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["num_heads=4"], "'num_heads': 4"),
+        (["ln_vision_eps=1e-6"], "'ln_vision_eps': 1e-06"),
+        (["depth=3"], "do not fit this QFormer"),
+    ],
+)
+def test_a_qformer_of_other_settings(run, on_disk, tmp_path, capsys, more, message):
+    prefix = "--model.bridge.init_args.resampler.init_args."
+    options = [f"--model.init_from={run}", *(f"{prefix}{option}" for option in more)]
+    assert (
+        cli.main(["train", *stage2(on_disk, tmp_path / "a", "blip2_stage2_small", *options)]) == 2
+    )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_another_encoder_than_stage_1s(run, on_disk, tmp_path, capsys):
+    options = [f"--model.init_from={run}", "--model.vision.layer=-2"]
+    assert (
+        cli.main(["train", *stage2(on_disk, tmp_path / "a", "blip2_stage2_small", *options)]) == 2
+    )
+    assert "was trained with" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_bert_whose_words_have_other_ids(arguments, bert, tmp_path, capsys):
+    other = tmp_path / "other"
+    words = (bert / "vocab.txt").read_text().split() if (bert / "vocab.txt").is_file() else None
+    vocabulary = hf.AutoTokenizer.from_pretrained(bert).get_vocab()
+    words = words or sorted(vocabulary, key=vocabulary.__getitem__)
+    words[6], words[7] = words[7], words[6]
+    hf.BertTokenizer(vocab={word: place for place, word in enumerate(words)}).save_pretrained(other)
+    options = [f"--model.qformer.init_args.tokenizer={other}"]
+    assert cli.main(["train", *arguments(tmp_path / "run", *options)]) == 2
+    assert "found 2 words" in capsys.readouterr().err
+
+
+def test_resuming_with_another_teacher(run, arguments, capsys):
+    more = ["--resume=true", "--trainer.max_steps=5", "--model.momentum={queue_size: 6}"]
+    assert cli.main(["train", *arguments(run, *more)]) == 2
+    assert "model.momentum" in capsys.readouterr().err

@@ -292,28 +292,25 @@ def test_a_run_starts_from_pretrained_weights(on_disk, tmp_path, monkeypatch):
             self.latents.fill_(7.0)
 
     monkeypatch.setattr("perceiver.PerceiverResampler.load_pretrained", load_pretrained)
-    start = ["--model.init_from=stage1", "--model.optimizer.lr=1e-9"]
+    path = tmp_path / "stage1"
+    path.mkdir()
+    start = [f"--model.init_from={path}", "--model.optimizer.lr=1e-9"]
     run = train(on_disk.arguments(tmp_path / "run", *start, "--trainer.max_steps=1"))
-    assert given == ["stage1"]
+    assert given == [str(path)]
     weights = load_file(run / WEIGHTS_FILE)["bridge.resampler.latents"]
     assert torch.allclose(weights, torch.tensor(7.0), atol=1e-3)
     assert "init_from" not in (run / RUN_FILE).read_text()
     bridges.load(run)
     train(on_disk.arguments(run, *start, "--trainer.max_steps=2", "--resume=true"))
-    assert given == ["stage1"]
+    assert given == [str(path)]
 
 
 def test_weights_to_start_from_that_do_not_fit(on_disk, tmp_path, capsys):
-    """A resampler that takes none, and a run of another encoder."""
+    """A resampler that takes none; another encoder's are tried in test_stage1.py."""
     (tmp_path / "stage1").mkdir()
-    for content in (None, {"fingerprints": {"vision": "other"}}):
-        if content is not None:
-            (tmp_path / "stage1" / RUN_FILE).write_text(json.dumps(content))
-        start = f"--model.init_from={tmp_path / 'stage1'}"
-        message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", start))
-        expected = "init_from" if content is None else "was trained with other"
-        assert expected in message
-        assert not (tmp_path / "run").exists()
+    start = f"--model.init_from={tmp_path / 'stage1'}"
+    assert "init_from" in refused(capsys, "train", *on_disk.arguments(tmp_path / "run", start))
+    assert not (tmp_path / "run").exists()
 
 
 def test_captions_from_the_command_line(run, on_disk, tmp_path, capsys):
