@@ -73,3 +73,7 @@ def test_shards_train_and_caption_as_written(tmp_path):
         done = subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("pictures/0.jpg\t")
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert "_HERE" not in README
