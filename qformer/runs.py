@@ -179,7 +179,7 @@ def read_bridge(folder: Path, qformer: QFormer) -> None:
     Raises:
         ValueError: a bridge around another resampler, or a Q-Former of other sizes.
     """
-    resampler = read_run(folder).bridge.get("init_args", {}).get("resampler", {})
+    resampler: Any = read_run(folder).bridge.get("init_args", {}).get("resampler", {})
     if isinstance(resampler, str):
         resampler = {"class_path": resampler}
     if resampler.get("class_path", "").rpartition(".")[2] != QFormer.__name__:
