@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bridges.build import bridge_factory
 from bridges.files import staged, write_json
@@ -133,21 +134,36 @@ def _kind(folder: Path) -> str | None:
 
 
 def check_fingerprints(
-    expected: dict[str, str], vision: VisionEncoder, lm: LanguageModel, where: str
+    expected: dict[str, str], vision: VisionEncoder, lm: LanguageModel | None, where: str
 ) -> None:
-    """Refuses frozen ends that a bridge was not trained with.
+    """Refuses frozen ends that a run was not trained with; a run of stage 1 has no LM.
 
     Raises:
         ValueError: naming the end, with both fingerprints.
     """
-    for end, found in (("vision", vision.fingerprint), ("lm", lm.fingerprint)):
+    ends = {"vision": vision.fingerprint} | ({"lm": lm.fingerprint} if lm is not None else {})
+    for end, found in ends.items():
         if expected.get(end) != found:
             what = "vision encoder" if end == "vision" else "language model"
             raise ValueError(
                 f"found a {what} with fingerprint {found}; {where} was trained with "
-                f"{expected.get(end)}: load the same weights (and the same layer), or train a "
-                "bridge for this one"
+                f"{expected.get(end)}: load the same weights (and the same layer), or train "
+                "for this one"
             )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a run.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"found {path} damaged ({error}); expected the file as it was written: copy it again"
+        ) from error
 
 
 def load(
@@ -176,12 +192,5 @@ def load(
     lm = lm or LanguageModel.load(**vars(spec.lm))
     check_fingerprints(spec.fingerprints, vision, lm, str(folder))
     model = VisionLanguageModel.connect(vision, lm, bridge, prompt=spec.prompt)
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(
-            f"found {folder / WEIGHTS_FILE} damaged ({error}); expected the file as it was "
-            "written: copy it again"
-        ) from error
-    model.load_trainable_state(state)
+    model.load_trainable_state(read_weights(folder / WEIGHTS_FILE))
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -171,7 +171,7 @@ def _load_hf(name: str) -> tuple[nn.Module, Preprocess, tuple[int, int]]:
         auto, options = AutoModel, {}
     model, report = auto.from_pretrained(name, config=config, output_loading_info=True, **options)
     processor = AutoImageProcessor.from_pretrained(name)
-    preprocess = _Processor(processor)
+    preprocess = HFPreprocess(processor)
     sample = preprocess(Image.new("RGB", (64, 48), "gray"))
     if report["missing_keys"]:
         _zero_missing(model, sorted(report["missing_keys"]), sample, name)
@@ -201,7 +201,7 @@ def _zero_missing(model: Any, missing: list[str], sample: Tensor, name: str) -> 
 
 # Classes, not closures: data-loading workers that are spawned must be able to receive them.
 @dataclass(frozen=True)
-class _Processor:
+class HFPreprocess:
     """An HF image processor for one image."""
 
     processor: Any

@@ -1,11 +1,9 @@
 """Official weights as whole models: the vision encoder, stage 1, BLIP-2 and InstructBLIP."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from bridges.contract import VisionShape
@@ -14,7 +12,7 @@ from bridges.model import VisionLanguageModel
 from bridges.precision import Precision, resolve_dtype
 from bridges.prompts import QUESTION
 from bridges.soft_prefix import SoftPrefix
-from bridges.vision import Preprocess, VisionEncoder
+from bridges.vision import HFPreprocess, Preprocess, VisionEncoder
 from qformer.key_maps import HF_LEAVES_OUT, NEVER_TAKEN
 from qformer.official import OfficialCheckpoint, check_sizes, read_official, take
 from qformer.official_files import read_config
@@ -82,13 +80,19 @@ def load_official_stage1(
     Raises:
         ValueError: another encoder's or tokenizer's sizes, or weights missing or left over.
     """
-    official = read_official(path)
+    return official_stage1(read_official(path), vision=vision, tokenizer=tokenizer)
+
+
+def official_stage1(
+    official: OfficialCheckpoint, *, vision: VisionShape, tokenizer: str | None = None
+) -> tuple[Stage1, list[str]]:
+    """Stage 1 from a checkpoint that is read already; see `load_official_stage1`."""
     sizes = official.sizes
     if "vision_projection.weight" not in official.state or sizes.vocab_size is None:
         raise ValueError(
-            f"found no stage-1 heads or no text branch in {path}; expected a checkpoint of stage 1 "
-            "(LAVIS: blip2_pretrained.pth, HF: Blip2ForImageTextRetrieval): for stage 2 take "
-            "QFormer.load_pretrained or load_blip2"
+            f"found no stage-1 heads or no text branch in {official.path}; expected a checkpoint "
+            "of stage 1 (LAVIS: blip2_pretrained.pth, HF: Blip2ForImageTextRetrieval): for stage 2 "
+            "take QFormer.load_pretrained or load_blip2"
         )
     qformer = QFormer(
         vision=vision,
@@ -181,16 +185,6 @@ def load_blip2(
     return model.eval()
 
 
-@dataclass(frozen=True)
-class _Processor:
-    """An HF image processor for one image."""
-
-    processor: Any
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
-
-
 def _encoder(model: Any, preprocess: Preprocess | None, where: Path) -> VisionEncoder:
     import transformers as hf
 
@@ -198,10 +192,10 @@ def _encoder(model: Any, preprocess: Preprocess | None, where: Path) -> VisionEn
     if preprocess is None:
         names = ("preprocessor_config.json", "processor_config.json")
         if any((where / name).is_file() for name in names):
-            preprocess = _Processor(hf.AutoImageProcessor.from_pretrained(where))
+            preprocess = HFPreprocess(hf.AutoImageProcessor.from_pretrained(where))
         else:
             square = {"height": size, "width": size}
-            preprocess = _Processor(hf.BlipImageProcessor(size=square))
+            preprocess = HFPreprocess(hf.BlipImageProcessor(size=square))
     return VisionEncoder(model, preprocess, layer=-1, drop_prefix=False, image_size=(size, size))
 
 

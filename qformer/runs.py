@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bridges.files import staged, write_json
-from bridges.run import RUN_FILE, VisionSource, read_run
+from bridges.run import RUN_FILE, VisionSource, check_fingerprints, read_run, read_weights
 from bridges.run import WEIGHTS_FILE as BRIDGE_FILE
 from bridges.vision import VisionEncoder
+from qformer.official import TEXT_BRANCH
 from qformer.resampler import QFormer
 from qformer.stage1 import Stage1
 
@@ -23,8 +23,6 @@ KIND = "blip2_stage1"
 FORMAT = 1
 WEIGHTS_FILE = "stage1.safetensors"
 QFORMER = "qformer."
-TEXT_PARTS = ("text_embeddings.", ".text_ff.", ".text_norm.")
-"""Parts of a Q-Former's names that belong to its text branch."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,7 @@ def check_encoder(folder: Path, vision: VisionEncoder) -> None:
     Raises:
         ValueError: with both fingerprints.
     """
-    expected = read_stage1(folder).fingerprints.get("vision")
-    if vision.fingerprint != expected:
-        raise ValueError(
-            f"found a vision encoder with fingerprint {vision.fingerprint}; {folder} was trained "
-            f"with {expected}: load the same weights (and the same layer), or train again"
-        )
+    check_fingerprints(read_stage1(folder).fingerprints, vision, None, str(folder))
 
 
 def check_shapeless(folder: Path, given: Mapping[str, Any], qformer: QFormer) -> None:
@@ -195,22 +188,8 @@ def _take(qformer: QFormer, state: Mapping[str, Tensor], prefix: str, where: str
     """The part of a state that begins with a prefix, text branch only where there is one."""
     own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     if qformer.vocab_size is None:
-        own = {n: t for n, t in own.items() if not any(part in n for part in TEXT_PARTS)}
+        own = {n: t for n, t in own.items() if not TEXT_BRANCH.match(n)}
     load_weights(qformer, own, where)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a run.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"found {path} damaged ({error}); expected the file as it was written: copy it again"
-        ) from error
 
 
 def load_weights(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -1,7 +1,5 @@
 """`bridges attention`: what each query of a trained Q-Former looks at, drawn over pictures."""
 
-import base64
-import io
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +22,7 @@ from bridges.vision import Preprocess
 from qformer.maps import cross_attention_maps
 from qformer.resampler import QFormer
 from qformer.runs import is_stage1_run, load_stage1
+from recipes.gallery import uri
 
 Layer = Literal["last", "mean"]
 
@@ -176,13 +175,6 @@ def render(shown: Sequence[dict[str, Any]], run: Path, layer: Layer, question: s
         files("recipes").joinpath("templates/attention.html").read_text(encoding="utf-8")
     )
     return template.render(pictures=shown, run=run.name, layer=layer, question=question)
-
-
-def uri(image: Image.Image) -> str:
-    """A picture as data URI."""
-    jpg = io.BytesIO()
-    image.save(jpg, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode()}"
 
 
 def _colours() -> Any:

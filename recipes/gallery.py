@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bridges import VisionEncoder, VisionFeatures
@@ -139,7 +140,12 @@ def thumbnails(shards: Sequence[Path], wanted: Mapping[str, int], side: int) -> 
         if row is not None and row not in found:
             picture = open_image(raw[image_extension(raw)])
             picture.thumbnail((side, side))
-            jpg = io.BytesIO()
-            picture.save(jpg, "JPEG", quality=85)
-            found[row] = f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode()}"
+            found[row] = uri(picture)
     return found
+
+
+def uri(image: Image.Image) -> str:
+    """A picture as data URI."""
+    jpg = io.BytesIO()
+    image.save(jpg, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode()}"

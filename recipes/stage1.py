@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from bridges import ResamplerFactory, VisionEncoder, VisionSource
+from bridges.run import check_fingerprints, read_weights
 from qformer import MomentumTeacher, QFormer, Stage1, init_from_bert
 from qformer.gather import gather
 from qformer.official import check_sizes, read_official
-from qformer.official_models import load_official_stage1
+from qformer.official_models import official_stage1
 from qformer.retrieval import itc_similarity, recall_at
 from qformer.runs import (
     WEIGHTS_FILE,
@@ -23,7 +24,6 @@ from qformer.runs import (
     is_stage1_run,
     load_weights,
     read_stage1,
-    read_weights,
     save_stage1,
 )
 from qformer.stage1 import OBJECTIVES, Stage1Output
@@ -161,8 +161,9 @@ class Stage1Module(BridgeModule):
             check_shapeless(folder, read_stage1(folder).qformer, self.stage1.qformer)
             load_weights(self.stage1, read_weights(folder / WEIGHTS_FILE), self.init_from)
         elif self.init_from is not None:
-            official, fresh = load_official_stage1(self.init_from, vision=self.vision.shape)
-            check_sizes(read_official(self.init_from), self.stage1.qformer)
+            checkpoint = read_official(self.init_from)
+            official, fresh = official_stage1(checkpoint, vision=self.vision.shape)
+            check_sizes(checkpoint, self.stage1.qformer)
             own = self.stage1.state_dict()
             state = official.state_dict() | {name: own[name] for name in fresh}
             load_weights(self.stage1, state, self.init_from)
@@ -247,11 +248,7 @@ class Stage1Module(BridgeModule):
         return {"vision": self.vision.fingerprint}
 
     def check_fingerprints(self, belongs: dict[str, str], where: str) -> None:
-        if belongs.get("vision") != self.vision.fingerprint:
-            raise ValueError(
-                f"found a vision encoder with fingerprint {self.vision.fingerprint}; {where} was "
-                f"trained with {belongs.get('vision')}: load the same weights (and the same layer)"
-            )
+        check_fingerprints(belongs, self.vision, None, where)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         state = {f"stage1.{n}": t for n, t in self.stage1.state_dict().items()}
