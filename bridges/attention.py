@@ -1,5 +1,7 @@
 """The attention that every bridge shares."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -91,6 +93,29 @@ class Attention(nn.Module):
         q = self._queries(x)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def forward_runs(
+        self, x: Tensor, kv: tuple[Tensor, Tensor], lengths: Sequence[int]
+    ) -> Tensor:
+        """Attention of runs of positions, each to a memory of its own.
+
+        The same as `forward` under a mask that hides all other memories, without the scores that
+        such a mask hides.
+
+        Args:
+            x: (n, d), run after run.
+            kv: from `project`, a row for each run: (r, h, s, d_head).
+            lengths: positions of each of the r runs.
+
+        Returns:
+            (n, d).
+        """
+        q = self._queries(x[None])
+        k, v = kv[0].to(q.dtype), kv[1].to(q.dtype)
+        # Splitting and joining, not indexing: their backward copies each run once.
+        runs = zip(q.split(list(lengths), dim=2), k.split(1), v.split(1), strict=True)
+        out = torch.cat([rearrange(attend(*run), "1 h t d -> t (h d)") for run in runs])
+        return self.out(out)
 
     def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention probabilities, for looking at: (b, h, t, s), fp32.

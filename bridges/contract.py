@@ -25,14 +25,23 @@ class VisionFeatures:
 
     Attributes:
         patches: (b, i, p, d_vision). Patches are in row-major order, after any prefix tokens
-            (CLS, registers) that were kept: ``p = prefix + rows * columns``.
+            (CLS, registers) that were kept: ``p = prefix + rows * columns``. Of a clip they
+            stand frame after frame: (b, i, f · p, d_vision).
         image_mask: bool (b, i); False marks a padding image, whose patches may be anything.
-        grid: rows and columns of the patches.
+        grid: rows and columns of the patches (of one frame).
+        frame_mask: bool (b, i, f), False for a padding frame, whose patches may be anything;
+            real frames come first. None for pictures, which have one frame each.
     """
 
     patches: Tensor
     image_mask: Tensor
     grid: tuple[int, int]
+    frame_mask: Tensor | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of each image or clip, padding included."""
+        return 1 if self.frame_mask is None else self.frame_mask.shape[2]
 
     def __post_init__(self) -> None:
         if self.patches.ndim != 4 or self.image_mask.shape != self.patches.shape[:2]:
@@ -41,11 +50,19 @@ class VisionFeatures:
                 f"{tuple(self.image_mask.shape)}; expected (b, i, p, d) and (b, i): for one image "
                 "a sample add the image axis with patches[:, None]"
             )
-        rows, columns = self.grid
-        if rows * columns > self.patches.shape[2]:
+        frames = self.frame_mask
+        if frames is not None and (
+            frames.shape[:-1] != self.image_mask.shape or self.patches.shape[2] % frames.shape[-1]
+        ):
             raise ValueError(
-                f"found {self.patches.shape[2]} patches an image for a {rows}×{columns} grid; "
-                "expected at least rows × columns of them"
+                f"found frame_mask {tuple(frames.shape)} for patches {tuple(self.patches.shape)}; "
+                "expected (b, i, f), and patches (b, i, f · p, d): flatten frames and patches"
+            )
+        rows, columns = self.grid
+        if rows * columns > self.patches.shape[2] // self.num_frames:
+            raise ValueError(
+                f"found {self.patches.shape[2] // self.num_frames} patches a frame for a "
+                f"{rows}×{columns} grid; expected at least rows × columns of them"
             )
 
 
@@ -98,11 +115,14 @@ class DecoderShape:
 class Resampler(nn.Module, ABC):
     """Turns the patches of every image into ``num_tokens`` tokens of width ``dim``.
 
-    Set both attributes in ``__init__``; the constructor takes ``vision`` as a keyword.
+    Set both attributes in ``__init__``; the constructor takes ``vision`` as a keyword. A class
+    that reads clips (`VisionFeatures.frame_mask`) sets ``reads_video``; the others are never
+    given any.
     """
 
     num_tokens: int
     dim: int
+    reads_video: bool = False
 
     @abstractmethod
     def forward(self, vision: VisionFeatures, text: Instruction | None = None) -> Tensor:
@@ -131,11 +151,14 @@ class BridgeOutput:
         soft_tokens: (b, i, n, d_lm), they fill the image's placeholders.
         memory: (b, i, m, d_memory), read by the inserted layers, or None.
         losses: auxiliary losses by name, each a scalar added to the training loss.
+        next_image: bool (b), rows whose text reads the first image after it in the place of the
+            latest before it (Flamingo's augmentation of web pages); None for no row.
     """
 
     soft_tokens: Tensor
     memory: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    next_image: Tensor | None = None
 
 
 class InsertedModule(Protocol):

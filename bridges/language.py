@@ -1,6 +1,7 @@
 """The frozen causal LM, its tokenizer and its placeholder for images."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from bridges.contract import DecoderShape
 from bridges.embedded import fetch
 from bridges.frozen import Frozen, fingerprint, freeze
+from bridges.new_tokens import NewTokens
 from bridges.precision import Precision, resolve_dtype
 from bridges.sites import decoder_sites
 from bridges.vision import EMBEDDED
 
 IMAGE_TOKEN = "<image>"
+
+UNPACKABLE = ("opt",)
+"""Types of LMs in which HF puts a mask of ones in the place of none, so that samples mix."""
 
 UNKNOWN_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings by which Cohere, Granite and Falcon-H1 scale their logits after the head."""
@@ -54,6 +59,11 @@ class LanguageModel(Frozen):
         model: any ``...ForCausalLM`` whose type is in `bridges.sites.SITES`.
         tokenizer: its tokenizer, with `image_token` in its vocabulary (see `add_image_token`).
         image_token: the placeholder of images.
+        new_tokens: tokens whose rows are trained beside the bridge, see `NewTokens`; added to the
+            tokenizer where it lacks them.
+        end_of_chunk: the token that ends each text of an interleaved document, and every
+            completion (Flamingo's ``<EOC>``); one that the LM has no row of becomes a new token.
+            None for the tokenizer's EOS.
         lora: adapters to train beside the bridge, or None.
         gradient_checkpointing: recompute each block in backward instead of keeping its
             activations. HF checkpoints in training mode only, so the LM is put into it, with
@@ -70,6 +80,8 @@ class LanguageModel(Frozen):
         tokenizer: Any,
         *,
         image_token: str = IMAGE_TOKEN,
+        new_tokens: Sequence[str] = (),
+        end_of_chunk: str | None = None,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -112,6 +124,11 @@ class LanguageModel(Frozen):
                     "LanguageModel.head must learn first"
                 )
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.end_of_chunk = end_of_chunk
+        self.new_tokens = self._new_tokens(list(new_tokens))
+        self.end_id: int = tokenizer.eos_token_id
+        if end_of_chunk is not None:
+            self.end_id = tokenizer.convert_tokens_to_ids(end_of_chunk)
         if lora is not None:
             _add_lora(self.model, lora)
         self.recompute_context: AbstractContextManager[None] = nullcontext()
@@ -134,6 +151,8 @@ class LanguageModel(Frozen):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         image_token: str = IMAGE_TOKEN,
+        new_tokens: Sequence[str] = (),
+        end_of_chunk: str | None = None,
     ) -> "LanguageModel":
         """Loads a hub name, a local directory, or ``embedded:smollm2-135m``.
 
@@ -144,6 +163,8 @@ class LanguageModel(Frozen):
             lora: see `LanguageModel`.
             gradient_checkpointing: see `LanguageModel`.
             image_token: added to the vocabulary (not to the embedding) if it is not there.
+            new_tokens: see `LanguageModel`.
+            end_of_chunk: see `LanguageModel`.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,6 +194,8 @@ class LanguageModel(Frozen):
             model,
             tokenizer,
             image_token=image_token,
+            new_tokens=new_tokens,
+            end_of_chunk=end_of_chunk,
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -210,19 +233,53 @@ class LanguageModel(Frozen):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids.to(self.device))
 
-    def hidden(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
         """Final hidden states, before the LM head.
 
         Positions count the attended columns only, so that left padding changes nothing.
 
-        Shape: (b, t, d_lm), bool (b, t) -> (b, t, d_lm).
+        Args:
+            embeddings: (b, t, d_lm).
+            attention_mask: bool (b, t), with a cache (b, past + t).
+            segments: long (b, t), which sample of a packed row each column belongs to: none
+                looks at another, and each counts its positions from 0.
+            cache: an HF ``Cache`` to read and to fill.
+
+        Returns:
+            (b, t, d_lm).
+
+        Raises:
+            ValueError: segments together with a cache, or for an LM that cannot keep the samples
+                of a row apart.
         """
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if segments is not None:
+            if cache is not None:
+                raise ValueError("found segments with a cache; expected one of them: leave one out")
+            kind = self.model.config.model_type
+            if kind in UNPACKABLE:
+                raise ValueError(
+                    f"found packed rows for an LM of type {kind!r}, in which the samples of a row "
+                    "would see each other; expected one sample a row: leave segments out"
+                )
+            # HF sees by the positions where a packed sample begins, if it is given no mask.
+            mask, positions = None, packed_positions(segments, attention_mask)
+        else:
+            mask = attention_mask.long()
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
+        options = {} if cache is None else {"past_key_values": cache}
         return self.model.base_model(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask.long(),
+            attention_mask=mask,
             position_ids=positions,
-            use_cache=False,
+            use_cache=cache is not None,
+            **options,
         ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -232,8 +289,44 @@ class LanguageModel(Frozen):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The LoRA weights by name; empty without LoRA."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """The LoRA weights and the rows of new tokens by name."""
+        return {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _new_tokens(self, tokens: list[str]) -> NewTokens | None:
+        """The trained rows, if there are any."""
+        known = len(self.model.get_input_embeddings().weight)
+        vocabulary = self.tokenizer.get_vocab()
+        end = self.end_of_chunk
+        if end is not None and end not in tokens and vocabulary.get(end, known) >= known:
+            tokens = [*tokens, end]
+        if self.image_token in tokens:
+            raise ValueError(
+                f"found the image token {self.image_token!r} among new_tokens; expected others: "
+                "the bridge's soft tokens stand in its place"
+            )
+        if not tokens:
+            return None
+        self.tokenizer.add_tokens([t for t in tokens if t not in vocabulary], special_tokens=True)
+        return NewTokens(self.model, self.tokenizer.convert_tokens_to_ids(tokens))
+
+
+def packed_positions(segments: Tensor, attention_mask: Tensor) -> Tensor:
+    """Positions that begin anew with every sample of a packed row: long (b, t).
+
+    Padding is a sample of its own, so that nothing looks at it.
+
+    Args:
+        segments: long (b, t), ids of samples that stand side by side.
+        attention_mask: bool (b, t).
+    """
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = (segments != segments.roll(1, 1)) | (attention_mask != attention_mask.roll(1, 1))
+    begins[:, 0] = True
+    return columns - columns.masked_fill(~begins, 0).cummax(dim=1).values
 
 
 def _add_lora(model: nn.Module, lora: LoRA) -> None:

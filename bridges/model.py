@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridges.condition import Condition, image_index
+from bridges.condition import Condition
 from bridges.contract import Bridge, BridgeFactory, BridgeOutput, Instruction, VisionFeatures
 from bridges.hooks import DecoderHooks, SameCondition
 from bridges.language import IMAGE_TOKEN, LanguageModel
@@ -97,6 +97,8 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor,
         vision: VisionFeatures,
         text: Instruction | None = None,
+        *,
+        segments: Tensor | None = None,
     ) -> ModelOutput:
         """Loss of the labels given the images.
 
@@ -106,17 +108,27 @@ class VisionLanguageModel(nn.Module):
             labels: long (b, t), IGNORE (-100) where there is no loss.
             vision: features of the images, from `vision.encode` or from a cache.
             text: an instruction for resamplers that read one.
+            segments: long (b, t), which sample each column of a packed row belongs to; no sample
+                sees the text or the images of another. The label of a sample's first token must
+                be IGNORE.
         """
-        output, hidden = self._decode(input_ids, attention_mask, vision, text)
+        output, hidden = self._decode(input_ids, attention_mask, vision, text, segments)
         at_labels, targets = label_positions(hidden, labels)
         losses = token_losses(self.lm.head, at_labels, targets, self._vocabulary())
         loss = losses.mean() + sum(output.losses.values())
         counts = (labels[:, 1:] != IGNORE).sum(dim=1)
         return ModelOutput(loss, losses, counts, output.losses)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, vision: VisionFeatures) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision: VisionFeatures,
+        *,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Logits of every position, for inspection: (b, t, vocabulary)."""
-        return self.lm.head(self._decode(input_ids, attention_mask, vision, None)[1])
+        return self.lm.head(self._decode(input_ids, attention_mask, vision, None, segments)[1])
 
     @torch.no_grad()
     def generate(
@@ -158,7 +170,8 @@ class VisionLanguageModel(nn.Module):
         self._condition(input_ids, output, vision, keep_projections=True)
         pad = self.lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", self.lm.tokenizer.eos_token_id if pad is None else pad)
-        options.setdefault("eos_token_id", self.lm.tokenizer.eos_token_id)
+        ends = [self.lm.tokenizer.eos_token_id, self.lm.end_id]
+        options.setdefault("eos_token_id", list(dict.fromkeys(ends)))
         if self.lm.image_token_id < self._vocabulary():
             options.setdefault("suppress_tokens", [self.lm.image_token_id])
         training = self.lm.model.training
@@ -173,8 +186,9 @@ class VisionLanguageModel(nn.Module):
 
     def prompt_encoder(self, max_completion: int = 64) -> PromptEncoder:
         """The encoder of prompts for this LM and this bridge."""
+        lm = self.lm
         return PromptEncoder(
-            self.lm.tokenizer, self.lm.image_token, self.bridge.num_tokens, max_completion
+            lm.tokenizer, lm.image_token, self.bridge.num_tokens, max_completion, lm.end_id
         )
 
     def check_length(self, length: int) -> None:
@@ -220,12 +234,13 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor,
         vision: VisionFeatures,
         text: Instruction | None,
+        segments: Tensor | None = None,
     ) -> tuple[BridgeOutput, Tensor]:
         output = self.bridge(self._matched(vision), text)
         embeddings = self._fill(input_ids, output, vision)
-        self._condition(input_ids, output, vision)
+        self._condition(input_ids, output, vision, segments=segments)
         try:
-            hidden = self.lm.hidden(embeddings, attention_mask)
+            hidden = self.lm.hidden(embeddings, attention_mask, segments=segments)
         finally:
             # The LM, used on its own or by another bridge, is unchanged.
             self.hooks.condition = None
@@ -239,12 +254,25 @@ class VisionLanguageModel(nn.Module):
                 f"found features of width {width}; expected {self.vision.shape.dim}, the width of "
                 "this model's encoder: these features come from another encoder, cache them again"
             )
+        reader = getattr(self.bridge, "resampler", self.bridge)
+        if vision.num_frames > 1 and not getattr(reader, "reads_video", False):
+            raise ValueError(
+                f"found clips of {vision.num_frames} frames for {type(reader).__name__}, which "
+                "reads pictures; expected a resampler that reads clips: "
+                "perceiver.PerceiverResampler with num_frames set, or one frame per clip"
+            )
         parameter = next(self.bridge.parameters())
         image_mask = vision.image_mask.to(parameter.device)
         patches = vision.patches.to(parameter.device, parameter.dtype)
         # A padding image may hold anything, and NaN would pass through every mask further on.
-        patches = patches.masked_fill(~image_mask[..., None, None], 0.0)
-        return VisionFeatures(patches, image_mask, vision.grid)
+        real = image_mask[..., None]
+        frame_mask = vision.frame_mask
+        if frame_mask is not None:
+            frame_mask = frame_mask.to(parameter.device)
+            per_frame = patches.shape[2] // vision.num_frames
+            real = (real & frame_mask).repeat_interleave(per_frame, dim=-1)
+        patches = patches.masked_fill(~real[..., None], 0.0)
+        return VisionFeatures(patches, image_mask, vision.grid, frame_mask)
 
     def _fill(
         self, input_ids: Tensor, output: BridgeOutput, vision: VisionFeatures, room: int = 0
@@ -276,13 +304,16 @@ class VisionLanguageModel(nn.Module):
         input_ids: Tensor,
         output: BridgeOutput,
         vision: VisionFeatures,
+        *,
+        segments: Tensor | None = None,
         keep_projections: bool = False,
     ) -> None:
-        placeholders = (input_ids == self.lm.image_token_id).to(self.lm.device)
-        self.hooks.condition = Condition(
-            memory=output.memory,
-            image_mask=vision.image_mask.to(self.lm.device),
-            index=image_index(placeholders, self.bridge.num_tokens),
+        self.hooks.condition = Condition.of(
+            output,
+            (input_ids == self.lm.image_token_id).to(self.lm.device),
+            self.bridge.num_tokens,
+            vision.image_mask.to(self.lm.device),
+            segments=None if segments is None else segments.to(self.lm.device),
             keep_projections=keep_projections,
         )
         self.lm.recompute_context = SameCondition(self.hooks)

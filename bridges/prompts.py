@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,6 +17,17 @@ QUESTION = "{question}"
 
 CAPTION_INSTRUCTION = "A short image description."
 """The question in the place of none: one of InstructBLIP's templates for captions."""
+
+
+class _Mark(Enum):
+    END_OF_CHUNK = "end of chunk"
+
+
+END_OF_CHUNK = _Mark.END_OF_CHUNK
+"""A part of a document: the token that ends a text, see `PromptEncoder.document`."""
+
+DocumentPart = str | None | _Mark
+"""Text, an image (None), or `END_OF_CHUNK`."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +72,21 @@ class PromptEncoder:
 
     Every ``image_token`` in a prompt becomes `num_tokens` placeholders, every ``{question}`` the
     question of the row, which is data: "<image>" in it is text. The tokenizer's BOS comes first
-    if it usually adds one and the prompt does not hold it; its EOS ends every completion.
+    if it usually adds one and the prompt does not hold it; `end_id` ends every completion.
 
     Attributes:
         tokenizer: of the LM, with `image_token` in its vocabulary.
         image_token: the placeholder's text.
         num_tokens: placeholders per image, the bridge's `num_tokens`.
-        max_completion: longest completion in tokens, EOS included.
+        max_completion: longest completion in tokens, its end included.
+        end_id: what ends a completion and a chunk of a document; None for the tokenizer's EOS.
     """
 
     tokenizer: Any
     image_token: str
     num_tokens: int
     max_completion: int = 64
+    end_id: int | None = None
 
     def __call__(
         self,
@@ -97,18 +111,68 @@ class PromptEncoder:
                 list(completions), add_special_tokens=False, split_special_tokens=True
             )["input_ids"]
             truncated = sum(len(end) + 1 > self.max_completion for end in ends)
-            eos = self.tokenizer.eos_token_id
-            tails = [[*end[: self.max_completion - 1], eos] for end in ends]
-        length = max(len(h) + len(t) for h, t in zip(heads, tails, strict=True))
-        ids = torch.full((len(heads), length), self._pad_id(), dtype=torch.long)
-        mask = torch.zeros(len(heads), length, dtype=torch.bool)
+            tails = [[*end[: self.max_completion - 1], self._end_id()] for end in ends]
+        rows = [
+            (head + tail, [IGNORE] * len(head) + tail)
+            for head, tail in zip(heads, tails, strict=True)
+        ]
+        return self.pad(rows, padding_side=padding_side, truncated=truncated)
+
+    def document(self, parts: Sequence[DocumentPart]) -> tuple[list[int], list[bool]]:
+        """Tokens of text with images in it, BOS left out, and which of them may carry a loss.
+
+        Text is data: special tokens in it are spelt out. Placeholders carry no loss.
+
+        Args:
+            parts: text, None for an image, `END_OF_CHUNK` where a text ends.
+        """
+        ids: list[int] = []
+        lossy: list[bool] = []
+        for part in parts:
+            if part is None:
+                image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+                tokens = [image_id] * self.num_tokens
+            elif isinstance(part, str):
+                tokens = self._text(part, data=True) if part else []
+            else:
+                tokens = [self._end_id()]
+            ids += tokens
+            lossy += [part is not None] * len(tokens)
+        return ids, lossy
+
+    def bos(self) -> list[int]:
+        """The tokenizer's BOS, if it puts one before ordinary text by itself."""
+        return _with_bos(self.tokenizer)
+
+    @property
+    def end_of_chunk(self) -> str:
+        """Text of the token that ends a completion and a chunk."""
+        return self.tokenizer.convert_ids_to_tokens(self._end_id())
+
+    def pad(
+        self,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        padding_side: str = "right",
+        truncated: int = 0,
+    ) -> TextBatch:
+        """Rows of token ids, and their labels, as a batch.
+
+        Args:
+            rows: ids, and as many labels, `IGNORE` where there is no loss.
+            padding_side: left to generate, right to train.
+            truncated: goes into the batch.
+        """
+        length = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), length), self._pad_id(), dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
         labels = torch.full_like(ids, IGNORE)
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            size = len(head) + len(tail)
-            start = length - size if padding_side == "left" else 0
-            ids[row, start : start + size] = torch.tensor(head + tail)
-            mask[row, start : start + size] = True
-            labels[row, start + len(head) : start + size] = torch.tensor(tail, dtype=torch.long)
+        for row, (tokens, wanted) in enumerate(rows):
+            start = length - len(tokens) if padding_side == "left" else 0
+            place = slice(start, start + len(tokens))
+            ids[row, place] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, place] = True
+            labels[row, place] = torch.tensor(wanted, dtype=torch.long)
         return TextBatch(ids, mask, labels, truncated)
 
     def caption(self, prompt: str, caption: str) -> str:
@@ -167,6 +231,9 @@ class PromptEncoder:
     def _special_tokens(self) -> list[str]:
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special]
+
+    def _end_id(self) -> int:
+        return self.tokenizer.eos_token_id if self.end_id is None else self.end_id
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id

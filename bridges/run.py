@@ -50,6 +50,9 @@ class LanguageSource:
         lora: low-rank adapters trained beside the bridge.
         gradient_checkpointing: recompute activations in backward.
         image_token: the placeholder of images.
+        new_tokens: tokens whose rows are trained beside the bridge.
+        end_of_chunk: the token that ends each text of a document and every completion; null for
+            the tokenizer's EOS.
     """
 
     name: str
@@ -58,6 +61,8 @@ class LanguageSource:
     lora: LoRA | None = None
     gradient_checkpointing: bool = False
     image_token: str = IMAGE_TOKEN
+    new_tokens: list[str] = field(default_factory=list)
+    end_of_chunk: str | None = None
 
 
 @dataclass(frozen=True)

@@ -88,27 +88,63 @@ class VisionEncoder(Frozen):
         return cls(model, preprocess, layer=layer, drop_prefix=drop_prefix, image_size=size)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, image_mask: Tensor | None = None) -> VisionFeatures:
-        """Encodes every image of a batch.
+    def encode(
+        self,
+        pixels: Tensor,
+        image_mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+    ) -> VisionFeatures:
+        """Encodes every image, or every frame of every clip, of a batch; padding is left out.
 
         Args:
-            pixels: (b, i, 3, h, w) as `preprocess` makes them.
+            pixels: (b, i, 3, h, w) as `preprocess` makes them, or clips (b, i, f, 3, h, w).
             image_mask: bool (b, i), False for padding images; all real by default.
+            frame_mask: bool (b, i, f), False for padding frames; all real by default.
+
+        Returns:
+            The features; those of padding are zeros.
         """
+        device = next(self.model.parameters()).device
+        clips = pixels.ndim == 6
+        if image_mask is None:
+            image_mask = torch.ones(pixels.shape[:2], dtype=torch.bool)
+        image_mask = image_mask.to(device)
+        if not clips:
+            patches, grid = self._encode_real(pixels, image_mask)
+            return VisionFeatures(patches, image_mask, grid)
+        if frame_mask is None:
+            frame_mask = torch.ones(pixels.shape[:3], dtype=torch.bool)
+        frame_mask = frame_mask.to(device)
+        patches, grid = self._encode_real(pixels, frame_mask & image_mask[..., None])
+        return VisionFeatures(
+            rearrange(patches, "b i f p d -> b i (f p) d"), image_mask, grid, frame_mask
+        )
+
+    def _encode_real(self, pixels: Tensor, real: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches of the real ones: (..., 3, h, w), bool (...) -> (..., p, d), and their grid."""
+        if not bool(real.any()):
+            shape = self.shape
+            patches = torch.zeros(*real.shape, shape.num_patches, shape.dim, device=real.device)
+            return patches.to(next(self.model.parameters()).dtype), shape.grid
+        if bool(real.all()):
+            found, grid = self._patches(pixels.flatten(0, real.ndim - 1))
+            return found.unflatten(0, real.shape), grid
+        found, grid = self._patches(pixels[real.to(pixels.device)])
+        patches = found.new_zeros(*real.shape, *found.shape[1:])
+        patches[real] = found
+        return patches, grid
+
+    def _patches(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(n, 3, h, w) -> (n, p, d), and the grid."""
         parameter = next(self.model.parameters())
-        flat = rearrange(pixels, "b i c h w -> (b i) c h w").to(parameter.device, parameter.dtype)
-        hidden = self._hidden(flat)
+        hidden = self._hidden(pixels.to(parameter.device, parameter.dtype))
         if hidden.ndim == 4:
             grid = (hidden.shape[2], hidden.shape[3])
-            hidden = rearrange(hidden, "b d h w -> b (h w) d")
-        else:
-            grid = self._grid(flat.shape[-2:])
-            if self.drop_prefix:
-                hidden = hidden[:, hidden.shape[1] - grid[0] * grid[1] :]
-        patches = rearrange(hidden, "(b i) p d -> b i p d", b=pixels.shape[0])
-        if image_mask is None:
-            image_mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        return VisionFeatures(patches, image_mask.to(patches.device), grid)
+            return rearrange(hidden, "b d h w -> b (h w) d"), grid
+        grid = self._grid(pixels.shape[-2:])
+        if self.drop_prefix:
+            hidden = hidden[:, hidden.shape[1] - grid[0] * grid[1] :]
+        return hidden, grid
 
     def _hidden(self, pixels: Tensor) -> Tensor:
         if not hasattr(self.model, "config"):

@@ -1,29 +1,43 @@
 """GATED XATTN-DENSE, the block that Flamingo puts before the blocks of a frozen LM."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from bridges.attention import Attention
-from bridges.condition import Condition
-from bridges.feed_forward import FeedForward
+from bridges.condition import Condition, Visible
+from bridges.feed_forward import Activation, FeedForward
+from bridges.precision import as_autocast
+from gated_xattn.reading import read
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
     "layer": nn.LayerNorm,
     "rms": nn.RMSNorm,
 }
 
+FEED_FORWARDS: dict[str, tuple[Activation, bool]] = {
+    "gelu": ("gelu", False),
+    "squared_relu": ("squared_relu", False),
+    "swiglu": ("silu", True),
+}
+"""Activation, and whether a second projection gates it."""
+
 
 class GatedCrossAttention(nn.Module):
     """x + tanh(α) · xattn(x, image), then x + tanh(β) · ff(x).
 
-    α and β are scalars that start at 0, so a fresh block leaves the LM unchanged. A position
-    reads only its latest preceding image; one before any image gets a zero attention output.
+    α and β start at 0, so a fresh block leaves the LM unchanged. A position reads only its latest
+    preceding image; one before any image gets a zero attention output.
 
-    The defaults are OpenFlamingo's (LayerNorm, GELU, heads of width 64); IDEFICS-1 has
-    ``norm: rms``, ``feed_forward: swiglu`` and the LM's heads.
+    The defaults are OpenFlamingo's (LayerNorm, GELU, heads of width 64). Flamingo's own
+    feed-forward has ``squared_relu``; IDEFICS-1 has ``norm: rms``, ``feed_forward: swiglu`` and
+    the LM's heads.
+
+    What an implementation gives to text before any image differs: zero here, as in the paper and
+    in IDEFICS (by its ``cross_attention_gate``); flamingo-pytorch gives zero with
+    ``only_attend_immediate_media``, and without it the average over all images, later ones
+    included.
 
     Args:
         dim: width of the LM.
@@ -32,9 +46,16 @@ class GatedCrossAttention(nn.Module):
         head_dim: width of a head.
         ff_dim: inner width of the feed-forward.
         norm: LayerNorm or RMSNorm before attention and feed-forward.
-        feed_forward: Linear–GELU–Linear or SwiGLU, without bias.
+        feed_forward: Linear, activation, Linear (GELU or squared ReLU), or SwiGLU; without bias.
         qk_norm: RMSNorm on each head's queries and keys (IDEFICS-1 option).
         norm_eps: epsilon of all norms.
+        gate: ``scalar``, one α and one β; ``channel``, one for each channel of the LM (IDEFICS-1:
+            ``alpha_type: vector``); ``none``, plain residuals (the paper's ablation), which
+            change the LM from the first step on.
+        gate_init: α and β at the start (IDEFICS-1's ``alpha_initializer: ones`` is 1).
+        gate_std: of normal noise around it (``alpha_initializer: normal``).
+        visible: ``latest``, the latest preceding image; ``all``, all preceding ones, all of the
+            same sample.
 
     Source: Flamingo (arXiv 2204.14198) section 2.2 and figure 4.
     """
@@ -48,11 +69,20 @@ class GatedCrossAttention(nn.Module):
         head_dim: int = 64,
         ff_dim: int | None = None,
         norm: Literal["layer", "rms"] = "layer",
-        feed_forward: Literal["gelu", "swiglu"] = "gelu",
+        feed_forward: Literal["gelu", "squared_relu", "swiglu"] = "gelu",
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
+        gate: Literal["scalar", "channel", "none"] = "scalar",
+        gate_init: float = 0.0,
+        gate_std: float = 0.0,
+        visible: Visible = "latest",
     ) -> None:
         super().__init__()
+        if visible not in get_args(Visible):
+            raise ValueError(
+                f"found visible={visible!r}; expected one of {', '.join(get_args(Visible))}"
+            )
+        self.visible: Visible = visible
         self.attn_norm = NORMS[norm](dim, eps=norm_eps)
         self.attn = Attention(
             dim,
@@ -62,22 +92,32 @@ class GatedCrossAttention(nn.Module):
             qk_norm=nn.RMSNorm if qk_norm else None,
             norm_eps=norm_eps,
         )
-        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.attn_gate = _gate(gate, dim, gate_init, gate_std)
         self.ff_norm = NORMS[norm](dim, eps=norm_eps)
-        swiglu = feed_forward == "swiglu"
-        self.ff = FeedForward(dim, ff_dim or 4 * dim, "silu" if swiglu else "gelu", gated=swiglu)
-        self.ff_gate = nn.Parameter(torch.zeros(1))
+        activation, gated = FEED_FORWARDS[feed_forward]
+        self.ff = FeedForward(dim, ff_dim or 4 * dim, activation, gated=gated)
+        self.ff_gate = _gate(gate, dim, gate_init, gate_std)
 
     def forward(self, hidden: Tensor, condition: Condition) -> Tensor:
         """Shape: hidden (b, t, d_lm) -> (b, t, d_lm)."""
-        kv = condition.project(self, hidden, self._project)
-        visible = condition.visible_images(hidden)
-        tokens_per_image = kv[0].shape[2] // visible.shape[-1]
-        mask = visible.repeat_interleave(tokens_per_image, dim=-1)[:, None]
-        attended = self.attn(self.attn_norm(hidden), (kv[0], kv[1]), mask)
-        hidden = hidden + self.attn_gate.tanh() * attended
-        return hidden + self.ff_gate.tanh() * self.ff(self.ff_norm(hidden))
+        attended = read(self.attn, self.attn_norm, hidden, condition, self.visible)
+        hidden = _add(hidden, attended, self.attn_gate)
+        return _add(hidden, self.ff(as_autocast(self.ff_norm(hidden))), self.ff_gate)
 
-    def _project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, i, m, d_memory) -> two (b, h, i·m, d_head)."""
-        return self.attn.project(rearrange(memory, "b i m d -> b (i m) d"))
+
+def _gate(kind: str, dim: int, mean: float, std: float) -> nn.Parameter | None:
+    if kind == "none":
+        if mean or std:
+            raise ValueError(
+                f"found gate_init={mean} and gate_std={std} for gate 'none'; expected neither: "
+                "without gates nothing has a start"
+            )
+        return None
+    sizes = {"scalar": 1, "channel": dim}
+    if kind not in sizes:
+        raise ValueError(f"found gate={kind!r}; expected one of {', '.join(sizes)}, none")
+    return nn.Parameter(torch.full((sizes[kind],), mean) + std * torch.randn(sizes[kind]))
+
+
+def _add(hidden: Tensor, change: Tensor, gate: nn.Parameter | None) -> Tensor:
+    return hidden + change if gate is None else hidden + gate.tanh() * change

@@ -182,7 +182,7 @@ def test_gated_blocks_past_the_last_layer(encoder: VisionEncoder, lm: LanguageMo
     [
         (torch.zeros(2, 9, 16), torch.ones(2, 1), (3, 3), r"add the image axis with patches\[:, "),
         (torch.zeros(2, 1, 9, 16), torch.ones(2, 2), (3, 3), r"and image_mask \(2, 2\); expected"),
-        (torch.zeros(2, 1, 9, 16), torch.ones(2, 1), (4, 3), "found 9 patches an image for a 4×3"),
+        (torch.zeros(2, 1, 9, 16), torch.ones(2, 1), (4, 3), "found 9 patches a frame for a 4×3"),
     ],
 )
 def test_features_of_a_wrong_shape(patches: Tensor, mask: Tensor, grid: Any, message: str):

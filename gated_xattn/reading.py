@@ -1,0 +1,200 @@
+"""How text positions read their images: three ways to compute one and the same attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bridges.attention import Attention
+from bridges.condition import Condition, Visible
+from bridges.precision import as_autocast
+
+
+def read(
+    attn: Attention,
+    norm: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    condition: Condition,
+    visible: Visible,
+) -> Tensor:
+    """Cross-attention of every position to its image; zero where it has none.
+
+    Args:
+        attn: the attention.
+        norm: what stands before it.
+        hidden: (b, t, d_lm).
+        condition: the images.
+        visible: which of the preceding images.
+
+    Returns:
+        (b, t, d_lm).
+    """
+    if one_image(condition, visible):
+        return read_one(attn, norm, hidden, condition)
+    if visible == "latest" and grouping_is_faster(hidden):
+        runs = condition.shared("runs", hidden, lambda: Runs.of(condition, hidden))
+        # Where nobody reads, no weight would get a gradient, and DDP would wait for it.
+        if runs.lengths:
+            return read_runs(attn, norm, hidden, condition, runs)
+    return read_masked(attn, norm, hidden, condition, visible)
+
+
+def grouping_is_faster(hidden: Tensor) -> bool:
+    """Whether positions are grouped by image, or a mask hides the other images from them.
+
+    Measured forward and backward with 256 positions and 5 images of 64 tokens, on two cores of
+    an AMD EPYC: see ``docs/benchmarks``, ``gated_xattn``. Not measured on CUDA, where the lengths
+    of the groups would have to be waited for.
+    """
+    return hidden.device.type == "cpu"
+
+
+def one_image(condition: Condition, visible: Visible) -> bool:
+    """Whether no row of this call reads more than one image."""
+    if condition.image_mask.shape[1] == 1:
+        return True
+    return visible == "latest" and condition.keep_projections and condition.past_prompt
+
+
+def read_one(
+    attn: Attention, norm: Callable[[Tensor], Tensor], hidden: Tensor, condition: Condition
+) -> Tensor:
+    """Every row reads its one image, without a mask; positions that may not read get zero.
+
+    So each step of cached decoding costs the attention to one image, however many the prompt has.
+    """
+    read, blind = condition.shared("one", hidden, lambda: _one_image(condition, hidden))
+
+    def make_kv() -> tuple[Tensor, Tensor]:
+        k, v = _projected(attn, condition)
+        return (k, v) if read is None else (k.index_select(0, read), v.index_select(0, read))
+
+    out = attn(norm(hidden), condition.kept((attn, "one", hidden.shape[0]), make_kv))
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def read_runs(
+    attn: Attention,
+    norm: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    condition: Condition,
+    runs: "Runs",
+) -> Tensor:
+    """Positions are grouped by image; those without one, and images nobody reads, cost nothing."""
+    if condition.keep_projections:
+        k, v = _projected(attn, condition)
+        if runs.images is not None:
+            k, v = k.index_select(0, runs.images), v.index_select(0, runs.images)
+    else:
+        memory = as_autocast(condition.images()).flatten(0, 1)
+        if runs.images is not None:
+            memory = memory.index_select(0, runs.images)
+        k, v = attn.project(memory)
+    out = attn.forward_runs(norm(runs.gather(hidden)), (k, v), runs.lengths)
+    return runs.spread(out, hidden)
+
+
+def read_masked(
+    attn: Attention,
+    norm: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    condition: Condition,
+    visible: Visible,
+) -> Tensor:
+    """Every position is scored against every image, and a mask hides those it may not read."""
+    batch, images = condition.image_mask.shape
+
+    def make_mask() -> Tensor:
+        tokens = condition.images().shape[2]
+        seen = condition.visible_images(hidden, visible)
+        return seen.repeat_interleave(tokens, dim=-1)[:, None]
+
+    def make_kv() -> tuple[Tensor, ...]:
+        kv = (
+            rearrange(x, "(b i) h m d -> b h (i m) d", i=images)
+            for x in _projected(attn, condition)
+        )
+        return tuple(x.repeat_interleave(hidden.shape[0] // batch, dim=0) for x in kv)
+
+    mask = condition.shared(("mask", visible), hidden, make_mask)
+    k, v = condition.kept((attn, "all", hidden.shape[0]), make_kv)
+    return attn(norm(hidden), (k, v), mask)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Consecutive positions of the flattened text that read one and the same image.
+
+    Attributes:
+        spans: lengths of all runs, of those that read nothing too.
+        reads: for each of them, whether it reads an image.
+        lengths: lengths of those that read one.
+        images: long (r), which of all b · i images each of these reads; None where they read
+            all of them in order.
+    """
+
+    spans: list[int]
+    reads: list[bool]
+    lengths: list[int]
+    images: Tensor | None
+
+    @classmethod
+    def of(cls, condition: Condition, hidden: Tensor) -> "Runs":
+        """The runs of the positions of `hidden`: waits once for the device."""
+        place = condition.image_place(hidden)
+        image = place + _first_image_of_rows(condition, len(place))[:, None]
+        image = image.where(place >= 0, -1).flatten()
+        found, spans = image.unique_consecutive(return_counts=True)
+        found_list, spans_list = torch.stack([found, spans]).tolist()
+        reads = [image >= 0 for image in found_list]
+        read = [image for image in found_list if image >= 0]
+        lengths = [span for span, reads_one in zip(spans_list, reads, strict=True) if reads_one]
+        whole = read == list(range(condition.image_mask.numel()))
+        return cls(spans_list, reads, lengths, None if whole else found[found >= 0])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The positions that read an image: (b, t, d) -> (n, d)."""
+        x = x.flatten(0, 1)
+        if all(self.reads):
+            return x
+        runs = zip(x.split(self.spans), self.reads, strict=True)
+        return torch.cat([run for run, reads in runs if reads])
+
+    def spread(self, x: Tensor, like: Tensor) -> Tensor:
+        """Back to their places, zeros elsewhere: (n, d) -> (b, t, d)."""
+        if not all(self.reads):
+            runs = iter(x.split(self.lengths))
+            pairs = zip(self.spans, self.reads, strict=True)
+            x = torch.cat(
+                [next(runs) if reads else x.new_zeros(n, x.shape[1]) for n, reads in pairs]
+            )
+        return x.view(like.shape)
+
+
+def _projected(attn: Attention, condition: Condition) -> tuple[Tensor, Tensor]:
+    """Keys and values of all images of all rows: (b · i, h, m, d_head)."""
+    return condition.kept(attn, lambda: attn.project(as_autocast(condition.images()).flatten(0, 1)))
+
+
+def _one_image(condition: Condition, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which of all b · i images each row reads, and which positions may not: bool (b', t', 1).
+
+    None for the first where the rows read the images in order; None for the second where all may.
+    """
+    batch, images = condition.image_mask.shape
+    place = condition.image_place(hidden)
+    # A generation asks once and saves the masking of every step; training does not wait.
+    blind = place[..., None] < 0
+    blind = None if condition.keep_projections and not bool(blind.any()) else blind
+    if images == 1 and len(place) == batch:
+        return None, blind
+    return _first_image_of_rows(condition, len(place)) + place.amax(dim=1).clamp(min=0), blind
+
+
+def _first_image_of_rows(condition: Condition, rows: int) -> Tensor:
+    """Of all b · i images the first of each row, rows repeated for beams: long (b')."""
+    batch, images = condition.image_mask.shape
+    sample = torch.arange(rows, device=condition.image_mask.device) // (rows // batch)
+    return sample * images

@@ -1,0 +1,64 @@
+"""Samples packed into one row are the samples by themselves."""
+
+import pytest
+import tiny
+import torch
+
+from bridges import TextBatch, VisionFeatures, VisionLanguageModel
+from bridges.language import UNPACKABLE
+from bridges.loss import IGNORE
+
+PROMPTS = ["<image>ab", "no image", "x<image>y<image>"]
+COMPLETIONS = ["cd", "an image", "z"]
+
+
+def packed(
+    model: VisionLanguageModel, text: TextBatch, features: VisionFeatures
+) -> tuple[TextBatch, VisionFeatures, torch.Tensor]:
+    """All rows side by side in one, three columns of padding behind them."""
+    ids, labels, segments = [], [], []
+    for row in range(len(text.input_ids)):
+        columns = text.attention_mask[row]
+        ids.append(text.input_ids[row][columns])
+        labels.append(text.labels[row][columns])
+        segments += [row] * int(columns.sum())
+    padding = 3
+    row = torch.cat([*ids, torch.zeros(padding, dtype=torch.long)])[None]
+    wanted = torch.cat([*labels, torch.full((padding,), IGNORE)])[None]
+    mask = torch.arange(row.shape[1])[None] < row.shape[1] - padding
+    patches = features.patches[features.image_mask][None]
+    images = VisionFeatures(patches, torch.ones(patches.shape[:2], dtype=torch.bool), features.grid)
+    places = torch.tensor(segments + [segments[-1]] * padding)[None]
+    return TextBatch(row, mask, wanted), images, places
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in UNPACKABLE])
+@pytest.mark.parametrize("kind", ["perceiver", "perceiver_gated"])
+def test_a_packed_row_is_its_samples(family: str, kind: str):
+    torch.manual_seed(0)
+    lm = tiny.language_model(family)
+    model = VisionLanguageModel.connect(tiny.vision_encoder(), lm, tiny.factory(kind))
+    tiny.open_gates(model.bridge)
+    text, features = tiny.batch_of(model, PROMPTS, COMPLETIONS)
+    apart = model(text.input_ids, text.attention_mask, text.labels, features)
+    row, images, segments = packed(model, text, features)
+    together = model(row.input_ids, row.attention_mask, row.labels, images, segments=segments)
+    torch.testing.assert_close(together.token_losses, apart.token_losses, rtol=1e-5, atol=1e-5)
+    # Without segments they do look at each other: the test can fail.
+    mixed = model(row.input_ids, row.attention_mask, row.labels, images)
+    assert not torch.allclose(mixed.token_losses, apart.token_losses, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_an_lm_that_would_mix_samples_is_refused(family: str):
+    lm = tiny.language_model(family)
+    ones = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="would see each other"):
+        lm.hidden(lm.embed(ones), ones.bool(), segments=ones)
+
+
+def test_segments_and_a_cache_do_not_go_together():
+    lm = tiny.language_model()
+    ones = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="segments with a cache"):
+        lm.hidden(lm.embed(ones), ones.bool(), segments=ones, cache=object())
