@@ -15,12 +15,14 @@ from bridges.contract import (
     VisionFeatures,
     VisionShape,
 )
+from bridges.fewshot import FewShotPrompts
 from bridges.hooks import DecoderHooks
 from bridges.language import LanguageModel, LoRA, add_image_token
 from bridges.model import ModelOutput, VisionLanguageModel
 from bridges.projector import Projector
 from bridges.prompts import PromptEncoder, TextBatch
 from bridges.run import LanguageSource, RunSpec, VisionSource, load, save_run
+from bridges.scoring import score_choices
 from bridges.soft_prefix import SoftPrefix
 from bridges.version import __version__
 from bridges.vision import VisionEncoder
@@ -32,6 +34,7 @@ __all__ = [
     "Condition",
     "DecoderHooks",
     "DecoderShape",
+    "FewShotPrompts",
     "Instruction",
     "LanguageModel",
     "LanguageSource",
@@ -58,4 +61,5 @@ __all__ = [
     "image_index",
     "load",
     "save_run",
+    "score_choices",
 ]

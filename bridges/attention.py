@@ -4,8 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
+
+NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+}
+"""Norms of bridge layers, by their names in a YAML."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -16,15 +22,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     Args:
         q: (b, h, t, d). Scores are scaled by d ** -0.5.
-        k: (b, h, s, d).
-        v: (b, h, s, d).
+        k: (b, h, s, d), or fewer heads, each shared by neighbouring heads of queries.
+        v: as k.
         mask: bool, broadcastable to (b, h, t, s); True = may attend.
 
     Returns:
         (b, h, t, d).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Measured: on CPU in bf16, SDPA forward + backward is several times slower than this.
+    if k.shape[1] != q.shape[1]:
+        return _attend_grouped(q, k, v, mask)
+    reduced = q.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
+    if q.device.type == "cpu" and reduced:
+        # Measured on CPU: SDPA, forward + backward, is several times slower than this in bf16, and
+        # up to as much in fp32 under a matmul precision that the fused kernel does not know.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -41,6 +51,51 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return out
 
 
+def attend_runs(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`attend` for runs of queries, each with keys and values of its own.
+
+    The same as one `attend` under a mask that hides all other keys, without the scores that such
+    a mask hides.
+
+    Args:
+        q: (1, h, n, d), run after run.
+        k: (r, h, s, d), or fewer heads, as in `attend`.
+        v: as k.
+        lengths: queries of each of the r runs.
+
+    Returns:
+        (1, h, n, d).
+    """
+    # Measured on CPU. Not the fused kernel: on runs this short it is slower, in fp32 several times
+    # so under the matmul precision "medium". Compact operands in bf16: matmul would copy them
+    # anyway, at worse strides and in backward again. Split and joined, not indexed: their backward
+    # copies every run once.
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if q.dtype != torch.float32:
+        k, v = k.contiguous(), v.contiguous()
+    scale = q.shape[-1] ** -0.5
+    pieces = q[0].split(list(lengths), dim=1)
+    out = []
+    for queries, keys, values in zip(pieces, k.unbind(), v.unbind(), strict=True):
+        scores = (queries * scale).contiguous() @ keys.transpose(-1, -2)
+        out.append((scores.softmax(dim=-1) @ values).transpose(0, 1))
+    # Joined where the heads of a position lie side by side, as the next projection wants them.
+    return torch.cat(out).transpose(0, 1)[None]
+
+
+def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Heads of queries that share keys become more positions of one head: no key is repeated."""
+    shared, positions = q.shape[1] // k.shape[1], q.shape[2]
+    q = rearrange(q, "b (h g) t d -> b h (g t) d", g=shared)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.expand(*mask.shape[:2], positions, -1)
+        mask = rearrange(mask, "b (h g) t s -> b h (g t) s", g=shared)
+    elif mask is not None and mask.shape[2] > 1:
+        mask = repeat(mask, "b 1 t s -> b 1 (g t) s", g=shared)
+    return rearrange(attend(q, k, v, mask), "b h (g t) d -> b (h g) t d", g=shared)
+
+
 class Attention(nn.Module):
     """Multi-head attention from `x` to a memory whose keys and values can be projected once.
 
@@ -48,6 +103,8 @@ class Attention(nn.Module):
         dim: width of the queries' input and of the output.
         memory_dim: width of the memory; `dim` by default.
         num_heads: number of heads.
+        num_kv_heads: heads of keys and values, each shared by ``num_heads // num_kv_heads``
+            heads of queries; `num_heads` by default.
         head_dim: width of a head; ``dim // num_heads`` by default.
         bias: whether the four projections have a bias.
         qk_norm: a norm class applied to each head's queries and keys, or None.
@@ -60,6 +117,7 @@ class Attention(nn.Module):
         memory_dim: int | None = None,
         *,
         num_heads: int,
+        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
         qk_norm: type[nn.LayerNorm] | type[nn.RMSNorm] | None = None,
@@ -72,21 +130,31 @@ class Attention(nn.Module):
                 "heads, or set head_dim"
             )
         head_dim = head_dim or dim // num_heads
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"found {num_heads} heads for {num_kv_heads} heads of keys; expected a multiple: "
+                "change num_kv_heads"
+            )
         memory_dim = memory_dim or dim
-        inner = num_heads * head_dim
-        self.num_heads = num_heads
+        inner, kv_inner = num_heads * head_dim, num_kv_heads * head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.q = nn.Linear(dim, inner, bias=bias)
-        self.k = nn.Linear(memory_dim, inner, bias=bias)
-        self.v = nn.Linear(memory_dim, inner, bias=bias)
+        self.k = nn.Linear(memory_dim, kv_inner, bias=bias)
+        self.v = nn.Linear(memory_dim, kv_inner, bias=bias)
         self.out = nn.Linear(inner, dim, bias=bias)
         self.q_norm = qk_norm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a memory: (b, s, d_memory) -> two (b, h, s, d_head)."""
-        k = rearrange(self.k(memory), "b s (h d) -> b h s d", h=self.num_heads)
-        v = rearrange(self.v(memory), "b s (h d) -> b h s d", h=self.num_heads)
-        return _normalise(self.k_norm, k), v
+        """Keys and values of a memory: (b, s, d_memory) -> two (b, h_kv, s, d_head)."""
+        k = rearrange(self.k(memory), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        v = rearrange(self.v(memory), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        return self.norm_keys(k), v
+
+    def norm_keys(self, k: Tensor) -> Tensor:
+        """`qk_norm` of keys that were projected elsewhere: (b, h_kv, s, d_head)."""
+        return _normalise(self.k_norm, k)
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Shape: x (b, t, d), kv from `project`, mask bool (b, 1|h, t, s) -> (b, t, d)."""
@@ -94,13 +162,8 @@ class Attention(nn.Module):
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.out(rearrange(out, "b h t d -> b t (h d)"))
 
-    def forward_runs(
-        self, x: Tensor, kv: tuple[Tensor, Tensor], lengths: Sequence[int]
-    ) -> Tensor:
-        """Attention of runs of positions, each to a memory of its own.
-
-        The same as `forward` under a mask that hides all other memories, without the scores that
-        such a mask hides.
+    def forward_runs(self, x: Tensor, kv: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:
+        """Attention of runs of positions, each to a memory of its own: see `attend_runs`.
 
         Args:
             x: (n, d), run after run.
@@ -111,22 +174,20 @@ class Attention(nn.Module):
             (n, d).
         """
         q = self._queries(x[None])
-        k, v = kv[0].to(q.dtype), kv[1].to(q.dtype)
-        # Splitting and joining, not indexing: their backward copies each run once.
-        runs = zip(q.split(list(lengths), dim=2), k.split(1), v.split(1), strict=True)
-        out = torch.cat([rearrange(attend(*run), "1 h t d -> t (h d)") for run in runs])
-        return self.out(out)
+        out = attend_runs(q, kv[0].to(q.dtype), kv[1].to(q.dtype), lengths)
+        return self.out(rearrange(out, "1 h n d -> n (h d)"))
 
     def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention probabilities, for looking at: (b, h, t, s), fp32.
 
         Args:
             x: (b, t, d).
-            keys: (b, h, s, d_head), from `project`.
+            keys: (b, h_kv, s, d_head), from `project`.
             mask: bool, broadcastable to (b, h, t, s); at least one True in a row.
         """
         q = self._queries(x).float()
-        scores = (q * q.shape[-1] ** -0.5) @ keys.float().transpose(-1, -2)
+        keys = keys.float().repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1)

@@ -59,7 +59,7 @@ def _images_of_samples(
             "the sample of every column: (b, t)"
         )
     border = segments.to(seen.device).diff(dim=1) != 0
-    edge = torch.ones_like(border[:, :1])
+    edge = border.new_ones(len(border), 1)
     before = (seen - placeholders.long()).where(torch.cat([edge, border], dim=1), 0)
     after = seen.where(torch.cat([border, edge], dim=1), torch.iinfo(seen.dtype).max)
     first, stop = before.cummax(dim=1).values, after.flip(1).cummin(dim=1).values.flip(1)

@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
 
 from bridges.condition import Condition
+
+if TYPE_CHECKING:
+    from bridges.language import LanguageModel
 
 Site = Literal["layer_input", "attention_output"]
 
@@ -139,7 +142,8 @@ class Resampler(nn.Module, ABC):
         """
         raise ValueError(
             f"found weights to start from ({path}) for {type(self).__name__}, which has no form "
-            "of them; expected a resampler that has (qformer.QFormer): leave init_from out"
+            "of them; expected a resampler that has (qformer.QFormer, "
+            "perceiver.PerceiverResampler): leave init_from out"
         )
 
 
@@ -205,6 +209,25 @@ class Bridge(nn.Module, ABC):
     def inserts(self) -> Sequence[LayerInsert]:
         """The layers to put into the LM; none by default."""
         return ()
+
+    def load_pretrained(self, path: str | Path, lm: "LanguageModel") -> None:
+        """Takes weights that were trained elsewhere: by default, those of its resampler.
+
+        Args:
+            path: a file or folder in a form that this bridge or its resampler knows.
+            lm: the LM, for weights that belong to its new tokens.
+
+        Raises:
+            ValueError: they know none, or these do not fit.
+        """
+        load = getattr(getattr(self, "resampler", None), "load_pretrained", None)
+        if load is None:
+            raise ValueError(
+                f"found weights to start from ({path}) for a {type(self).__name__}, which has no "
+                "resampler that can be given any; expected a bridge or a resampler with "
+                "load_pretrained: leave init_from out"
+            )
+        load(path)
 
 
 class ResamplerFactory(Protocol):

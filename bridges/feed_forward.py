@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 class FeedForward(nn.Module):
     """out(act(up(x))), or out(act(gate(x)) · up(x)) when `gated` (SwiGLU with silu).
 
-    Shape: (..., dim) -> (..., dim).
+    Shape: (..., dim) -> (..., out_dim), which is `dim` by default.
     """
 
     def __init__(
@@ -36,12 +36,13 @@ class FeedForward(nn.Module):
         *,
         gated: bool = False,
         bias: bool = False,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.up = nn.Linear(dim, inner_dim, bias=bias)
         self.gate = nn.Linear(dim, inner_dim, bias=bias) if gated else None
         self.activation = ACTIVATIONS[activation]()
-        self.out = nn.Linear(inner_dim, dim, bias=bias)
+        self.out = nn.Linear(inner_dim, out_dim or dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)

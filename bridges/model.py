@@ -1,6 +1,7 @@
 """The assembled model: frozen encoder, bridge, frozen LM."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,27 +160,58 @@ class VisionLanguageModel(nn.Module):
             raise ValueError(
                 "found prefill_chunk_size; HF's chunked prefill ignores embeddings. Leave it out"
             )
-        if not bool(attention_mask[:, -1].all()):
-            raise ValueError(
-                "found prompts padded on the right; expected padding on the left, or the LM "
-                "continues the padding: use PromptEncoder(..., padding_side='left')"
-            )
         room = int(options.get("max_new_tokens", 0))
-        output = self.bridge(self._matched(vision), text)
-        embeddings = self._fill(input_ids, output, vision, room)
-        self._condition(input_ids, output, vision, keep_projections=True)
         pad = self.lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", self.lm.tokenizer.eos_token_id if pad is None else pad)
         ends = [self.lm.tokenizer.eos_token_id, self.lm.end_id]
         options.setdefault("eos_token_id", list(dict.fromkeys(ends)))
         if self.lm.image_token_id < self._vocabulary():
             options.setdefault("suppress_tokens", [self.lm.image_token_id])
-        training = self.lm.model.training
-        self.lm.train(False)  # in training mode HF gives a checkpointed block no cache
-        try:
+        with self.continuing(input_ids, attention_mask, vision, text, room=room) as embeddings:
             return self.lm.model.generate(
                 inputs_embeds=embeddings, attention_mask=attention_mask.long(), **options
             )
+
+    @contextmanager
+    def continuing(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision: VisionFeatures,
+        text: Instruction | None = None,
+        *,
+        room: int = 0,
+    ) -> Iterator[Tensor]:
+        """Embeddings of left-padded prompts, for LM calls that continue them from one cache.
+
+        Inside, the LM sees these images, whose projections are kept from call to call, and may
+        have each row several times in a row (beams, choices).
+
+        Args:
+            input_ids: long (b, t), padded on the left.
+            attention_mask: bool (b, t).
+            vision: features of the images.
+            text: an instruction for resamplers that read one.
+            room: positions that will follow the prompts.
+
+        Yields:
+            (b, t, d_lm).
+
+        Raises:
+            ValueError: prompts padded on the right, or that leave the context no room.
+        """
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError(
+                "found prompts padded on the right; expected padding on the left, or the LM "
+                "continues the padding: use PromptEncoder(..., padding_side='left')"
+            )
+        output = self.bridge(self._matched(vision), text)
+        embeddings = self._fill(input_ids, output, vision, room)
+        self._condition(input_ids, output, vision, keep_projections=True)
+        training = self.lm.model.training
+        self.lm.train(False)  # in training mode HF gives a checkpointed block no cache
+        try:
+            yield embeddings
         finally:
             self.hooks.condition = None
             self.lm.train(training)

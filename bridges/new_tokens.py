@@ -78,7 +78,8 @@ class NewTokens(nn.Module):
                 (*output.shape[:-1], self.width - output.shape[-1]), -torch.inf
             )
             output = torch.cat([output, missing], dim=-1)
-        return output.index_copy(-1, self._ids(output), scores)
+        # In place: the head's output is nobody else's yet, and as wide as the vocabulary.
+        return output.index_copy_(-1, self._ids(output), scores)
 
     def _ids(self, like: Tensor) -> Tensor:
         assert isinstance(self.ids, Tensor)

@@ -141,8 +141,14 @@ class PromptEncoder:
         return ids, lossy
 
     def bos(self) -> list[int]:
-        """The tokenizer's BOS, if it puts one before ordinary text by itself."""
-        return _with_bos(self.tokenizer)
+        """What a document begins with: BOS, or EOS where the tokenizer has none.
+
+        Also where the tokenizer puts none before ordinary text by itself: Flamingo's documents
+        begin with it, and a decoder LM uses its first position as an attention sink, where a
+        frozen embedding serves it better than a picture's soft token.
+        """
+        bos = self.tokenizer.bos_token_id
+        return [self.tokenizer.eos_token_id if bos is None else bos]
 
     @property
     def end_of_chunk(self) -> str:

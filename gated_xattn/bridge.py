@@ -7,6 +7,7 @@ import torch
 from einops import repeat
 from torch import nn
 
+from bridges.condition import Visible
 from bridges.contract import (
     Bridge,
     BridgeOutput,
@@ -26,22 +27,38 @@ class GatedXAttn(Bridge):
     Each image owns one placeholder, filled by a learned marker: the ``<image>`` tag by which
     the text shows where the image stands.
 
+    The two ways to place the blocks: Flamingo begins before the LM's first one (``first: 0``);
+    OpenFlamingo has one before every LM block i with (i + 1) % n = 0 (``first: every - 1``).
+
     Args:
         vision: sizes of the encoder.
         decoder: sizes of the LM.
         resampler: builds the resampler.
         every: a gated block before every n-th LM block (Flamingo: 1, 4 or 7).
-        first: the first LM block that gets one. Flamingo: 0; OpenFlamingo: ``every - 1``.
+        first: the first LM block that gets one.
         num_heads: attention heads of a gated block.
         head_dim: width of a head.
         ff_mult: the gated feed-forward is this many times wider than the LM.
         norm: see `GatedCrossAttention`.
-        feed_forward: see `GatedCrossAttention`.
+        feed_forward: see `GatedCrossAttention`; the paper's is ``squared_relu``.
         qk_norm: see `GatedCrossAttention`.
+        gate: see `GatedCrossAttention`.
+        gate_init: see `GatedCrossAttention`.
+        gate_std: see `GatedCrossAttention`.
+        visible: see `GatedCrossAttention`.
+        next_image_probability: how often, in training, all text of a row reads the image after it
+            in the place of the one before it. ½ for web pages in the paper, where a picture may
+            stand before or after the text that it belongs to.
+        train_marker: whether the marker is trained. If it is not, nothing below the first gated
+            block is, and backward stops there.
 
     Shape: soft tokens (b, i, 1, d_lm), memory (b, i, m, d_resampler).
 
-    Source: Flamingo (arXiv 2204.14198) section 2.2.
+    Raises:
+        ValueError: `first` leaves no block, a probability outside of 0…1, or a next image where
+            all images before are visible.
+
+    Source: Flamingo (arXiv 2204.14198) section 2.2; of the next image, the appendix on M3W.
     """
 
     num_tokens = 1
@@ -58,10 +75,26 @@ class GatedXAttn(Bridge):
         head_dim: int = 64,
         ff_mult: float = 4.0,
         norm: Literal["layer", "rms"] = "layer",
-        feed_forward: Literal["gelu", "swiglu"] = "gelu",
+        feed_forward: Literal["gelu", "squared_relu", "swiglu"] = "gelu",
         qk_norm: bool = False,
+        gate: Literal["scalar", "channel", "none"] = "scalar",
+        gate_init: float = 0.0,
+        gate_std: float = 0.0,
+        visible: Visible = "latest",
+        next_image_probability: float = 0.0,
+        train_marker: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 <= next_image_probability <= 1:
+            raise ValueError(
+                f"found next_image_probability={next_image_probability}; expected 0 to 1"
+            )
+        if next_image_probability and visible == "all":
+            raise ValueError(
+                "found next_image_probability with visible='all'; expected one of them: which "
+                "image is the next matters only to text that reads one image"
+            )
+        self.next_image_probability = next_image_probability
         self.block_indices = list(range(first, decoder.num_layers, every))
         if not self.block_indices:
             raise ValueError(
@@ -69,7 +102,8 @@ class GatedXAttn(Bridge):
                 "least one gated block: lower first"
             )
         self.resampler = resampler(vision=vision)
-        self.marker = nn.Parameter(torch.randn(1, decoder.dim) * decoder.embedding_std)
+        marker = torch.randn(1, decoder.dim) * decoder.embedding_std
+        self.marker = nn.Parameter(marker, requires_grad=train_marker)
         self.blocks = nn.ModuleList(
             GatedCrossAttention(
                 decoder.dim,
@@ -80,6 +114,10 @@ class GatedXAttn(Bridge):
                 norm=norm,
                 feed_forward=feed_forward,
                 qk_norm=qk_norm,
+                gate=gate,
+                gate_init=gate_init,
+                gate_std=gate_std,
+                visible=visible,
             )
             for _ in self.block_indices
         )
@@ -87,7 +125,11 @@ class GatedXAttn(Bridge):
     def forward(self, vision: VisionFeatures, text: Instruction | None = None) -> BridgeOutput:
         memory = self.resampler(vision, text)
         marker = repeat(self.marker, "n d -> b i n d", b=memory.shape[0], i=memory.shape[1])
-        return BridgeOutput(marker, memory)
+        next_image = None
+        if self.training and self.next_image_probability:
+            drawn = torch.rand(memory.shape[0], device=memory.device)
+            next_image = drawn < self.next_image_probability
+        return BridgeOutput(marker, memory, next_image=next_image)
 
     def inserts(self) -> Sequence[LayerInsert]:
         return [

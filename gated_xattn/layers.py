@@ -7,21 +7,15 @@ from torch import Tensor, nn
 
 from bridges.attention import Attention
 from bridges.condition import Condition, Visible
-from bridges.feed_forward import Activation, FeedForward
+from bridges.feed_forward import FeedForward
 from bridges.precision import as_autocast
 from gated_xattn.reading import read
+from gated_xattn.swiglu import SwiGLU
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
     "layer": nn.LayerNorm,
     "rms": nn.RMSNorm,
 }
-
-FEED_FORWARDS: dict[str, tuple[Activation, bool]] = {
-    "gelu": ("gelu", False),
-    "squared_relu": ("squared_relu", False),
-    "swiglu": ("silu", True),
-}
-"""Activation, and whether a second projection gates it."""
 
 
 class GatedCrossAttention(nn.Module):
@@ -94,15 +88,19 @@ class GatedCrossAttention(nn.Module):
         )
         self.attn_gate = _gate(gate, dim, gate_init, gate_std)
         self.ff_norm = NORMS[norm](dim, eps=norm_eps)
-        activation, gated = FEED_FORWARDS[feed_forward]
-        self.ff = FeedForward(dim, ff_dim or 4 * dim, activation, gated=gated)
+        ff_dim = ff_dim or 4 * dim
+        swiglu = feed_forward == "swiglu"
+        self.ff = SwiGLU(dim, ff_dim) if swiglu else FeedForward(dim, ff_dim, feed_forward)
         self.ff_gate = _gate(gate, dim, gate_init, gate_std)
 
     def forward(self, hidden: Tensor, condition: Condition) -> Tensor:
         """Shape: hidden (b, t, d_lm) -> (b, t, d_lm)."""
-        attended = read(self.attn, self.attn_norm, hidden, condition, self.visible)
-        hidden = _add(hidden, attended, self.attn_gate)
+        hidden = _add(hidden, self.read(hidden, condition), self.attn_gate)
         return _add(hidden, self.ff(as_autocast(self.ff_norm(hidden))), self.ff_gate)
+
+    def read(self, hidden: Tensor, condition: Condition) -> Tensor:
+        """What each position takes from its image, before the gate: (b, t, d_lm)."""
+        return read(self.attn, self.attn_norm, hidden, condition, self.visible)
 
 
 def _gate(kind: str, dim: int, mean: float, std: float) -> nn.Parameter | None:
@@ -116,7 +114,8 @@ def _gate(kind: str, dim: int, mean: float, std: float) -> nn.Parameter | None:
     sizes = {"scalar": 1, "channel": dim}
     if kind not in sizes:
         raise ValueError(f"found gate={kind!r}; expected one of {', '.join(sizes)}, none")
-    return nn.Parameter(torch.full((sizes[kind],), mean) + std * torch.randn(sizes[kind]))
+    start = torch.full((sizes[kind],), mean)
+    return nn.Parameter(torch.normal(start, std) if std else start)
 
 
 def _add(hidden: Tensor, change: Tensor, gate: nn.Parameter | None) -> Tensor:

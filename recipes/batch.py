@@ -1,12 +1,11 @@
-"""Batches of pictures with text, the decoder of a sample and the collator of a batch."""
+"""Batches of pictures with text, and their collators."""
 
-import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bridges import (
@@ -19,35 +18,42 @@ from bridges import (
 )
 from bridges.prompts import CAPTION_INSTRUCTION, encode_instruction, instruction_tokenizer
 from bridges.vision import Preprocess
-from recipes.samples import decode_caption_sample
+from recipes.samples import CaptionDecoder
+from recipes.video import ClipDecoder, Clips
 
-NAMES = ("patches", "image_mask")
-"""Of the tensors in `VisionFeatures`."""
+TENSORS = ("images", "image_mask", "frame_mask")
+"""Of a `Batch`."""
 
 BatchT = TypeVar("BatchT", bound="Batch")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures, or their cached features: what the batches of all modules have in common.
+    """Pictures or clips, or their cached features: what the batches of all modules have in common.
 
     Attributes:
-        images: (b, 1, 3, h, w) preprocessed pixels, or (b, 1, p, d_vision) cached features.
+        images: (b, i, 3, h, w) preprocessed pixels, or (b, i, f, 3, h, w) of clips; with `grid`
+            cached features (b, i, p, d_vision), or (b, i, f, p, d_vision). There is always an
+            image axis of at least 1, so that every parameter gets a gradient on every rank.
         grid: rows and columns of cached features; None for pixels.
         samples: key, captions and json of each sample.
+        image_mask: bool (b, i), False for padding; None where there is none.
+        frame_mask: bool (b, i, f), False for padding frames; None for pictures.
     """
 
     images: Tensor
     grid: tuple[int, int] | None
     samples: list[dict[str, Any]]
+    image_mask: Tensor | None = None
+    frame_mask: Tensor | None = None
 
     def to(self: BatchT, device: torch.device | str, **_: Any) -> BatchT:
         """The same batch on another device; Lightning calls this."""
-        return replace(self, images=self.images.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: BatchT) -> BatchT:
         """In page-locked memory, from which a GPU copies while it computes."""
-        return replace(self, images=self.images.pin_memory())
+        return self._each(Tensor.pin_memory)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -57,24 +63,66 @@ class Batch:
 
         Args:
             encoder: frozen.
-            chunk_size: pictures encoded together; all by default.
+            chunk_size: samples encoded together; all by default.
         """
-        if self.grid is None and chunk_size is not None:
-            parts = [encoder.encode(part) for part in self.images.split(chunk_size)]
-            patches, masks = (torch.cat([getattr(p, n) for p in parts]) for n in NAMES)
-            return VisionFeatures(patches, masks, parts[0].grid)
+        real, frames = self.image_mask, self.frame_mask
         if self.grid is None:
-            return encoder.encode(self.images)
-        mask = torch.ones(self.images.shape[:2], dtype=torch.bool, device=self.images.device)
-        return VisionFeatures(self.images, mask, self.grid)
+            size = len(self.images) if chunk_size is None else chunk_size
+            cuts = range(0, len(self.images), size)
+            parts = [
+                encoder.encode(
+                    self.images[at : at + size],
+                    None if real is None else real[at : at + size],
+                    None if frames is None else frames[at : at + size],
+                )
+                for at in cuts
+            ]
+            return parts[0] if len(parts) == 1 else _joined(parts)
+        if real is None:
+            real = torch.ones(self.images.shape[:2], dtype=torch.bool, device=self.images.device)
+        if frames is None:
+            return VisionFeatures(self.images, real, self.grid)
+        patches = rearrange(self.images, "b i f p d -> b i (f p) d")
+        return VisionFeatures(patches, real, self.grid, frames)
+
+    def _each(self: BatchT, change: Callable[[Tensor], Tensor]) -> BatchT:
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{n: change(t) for n, t in tensors.items() if t is not None})
 
 
-Collate = Callable[[Sequence[dict[str, Any]]], Batch]
-"""Decoded samples, see `CaptionDecoder`, -> a batch."""
+def _joined(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+    frames = [part.frame_mask for part in parts if part.frame_mask is not None]
+    return VisionFeatures(
+        torch.cat([part.patches for part in parts]),
+        torch.cat([part.image_mask for part in parts]),
+        parts[0].grid,
+        torch.cat(frames) if frames else None,
+    )
+
+
+Decode = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""A raw sample of a `ShardStream` -> what a collator takes."""
+
+
+class Collate(Protocol):
+    """Makes batches, and knows the decoder whose samples it takes; can be pickled, for workers."""
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """Decoded samples, at least one, -> a batch."""
+        ...
+
+    def decoder(self, preprocess: Preprocess, *, training: bool) -> Decode:
+        """What decodes the samples.
+
+        Args:
+            preprocess: of the encoder.
+            training: draw anew each epoch what there is a choice of; else always choose the same.
+        """
+        ...
 
 
 def pictures(samples: Sequence[dict[str, Any]], grid: tuple[int, int]) -> Batch:
-    """The pictures of decoded samples.
+    """The pictures, one each, of decoded samples; or the clips.
 
     Args:
         samples: at least one.
@@ -82,13 +130,20 @@ def pictures(samples: Sequence[dict[str, Any]], grid: tuple[int, int]) -> Batch:
     """
     cached = "features" in samples[0]
     images = torch.stack([s["features" if cached else "image"] for s in samples])[:, None]
-    described = [{k: s[k] for k in ("key", "captions", "meta")} for s in samples]
-    return Batch(images, grid if cached else None, described)
+    frames = None
+    if "frame_mask" in samples[0]:
+        frames = torch.stack([s["frame_mask"] for s in samples])[:, None]
+    return Batch(images, grid if cached else None, described(samples), frame_mask=frames)
 
 
-@dataclass(frozen=True)
+def described(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a batch keeps of its samples beside tensors."""
+    return [{k: s[k] for k in ("key", "captions", "meta")} for s in samples]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionBatch(Batch):
-    """Pictures with tokenised prompts and captions, or questions and answers.
+    """Pictures with tokenised prompts and captions, questions and answers, or documents.
 
     Attributes:
         text: prompt, placeholders and completion.
@@ -124,36 +179,6 @@ def moved(instruction: Instruction | None, device: torch.device | str) -> Instru
 
 
 @dataclass(frozen=True)
-class CaptionDecoder:
-    """Turns a raw sample into a picture, one of its captions and maybe one of its questions.
-
-    Attributes:
-        preprocess: of the encoder.
-        random_caption: draw one of several captions (and questions) anew every epoch; else take
-            the first.
-        questions: give one of the pairs in the JSON's ``qa`` as ``question`` and ``answer``. A
-            sample without any is given its caption as the answer and no question.
-    """
-
-    preprocess: Preprocess
-    random_caption: bool
-    questions: bool = False
-
-    def __call__(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        rng = random.Random(raw["__seed__"]) if self.random_caption else None
-        pairs = _questions(raw) if self.questions else []
-        if pairs:  # such a sample needs no caption of its own
-            raw = {"txt": pairs[0][1].encode(), **raw}
-        sample = decode_caption_sample(raw, transform=self.preprocess, rng=rng)
-        if not self.questions:
-            return sample
-        if not pairs:
-            return {**sample, "question": None, "answer": sample["captions"][0]}
-        question, answer = rng.choice(pairs) if rng else pairs[0]
-        return {**sample, "question": question, "answer": answer}
-
-
-@dataclass(frozen=True)
 class CaptionCollator:
     """Stacks decoded samples and tokenises their texts together; see `of`.
 
@@ -162,18 +187,35 @@ class CaptionCollator:
         prompt: what stands before each completion.
         grid: rows and columns of cached features.
         instruction_tokenizer: of the resampler, where it reads an instruction.
+        questions: read questions and answers, see `CaptionDecoder`.
+        clips: how frames are chosen, for samples that are clips; None for pictures.
     """
 
     encode: PromptEncoder
     prompt: str
     grid: tuple[int, int]
     instruction_tokenizer: Any = None
+    questions: bool = False
+    clips: Clips | None = None
 
     @classmethod
-    def of(cls, model: VisionLanguageModel, max_tokens: int = 64) -> "CaptionCollator":
+    def of(
+        cls,
+        model: VisionLanguageModel,
+        max_tokens: int = 64,
+        *,
+        questions: bool = False,
+        clips: Clips | None = None,
+    ) -> "CaptionCollator":
         """The collator for a model; longer captions, questions and answers are cut."""
         encode, grid = model.prompt_encoder(max_tokens), model.vision.shape.grid
-        return cls(encode, model.prompt, grid, instruction_tokenizer(model.bridge))
+        reads = instruction_tokenizer(model.bridge)
+        return cls(encode, model.prompt, grid, reads, questions, clips)
+
+    def decoder(self, preprocess: Preprocess, *, training: bool) -> Decode:
+        if self.clips is not None:
+            return ClipDecoder(preprocess, self.clips, training=training)
+        return CaptionDecoder(preprocess, random_caption=training, questions=self.questions)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> CaptionBatch:
         asked = [s.get("question") for s in samples]
@@ -195,24 +237,3 @@ class CaptionCollator:
         if self.instruction_tokenizer is None:
             return text, None
         return text, encode_instruction(self.instruction_tokenizer, asked)
-
-
-def _questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions and answers in a sample's JSON.
-
-    Raises:
-        ValueError: ``qa`` is no list of objects with a question and an answer.
-    """
-    meta = json.loads(raw.get("json", b"{}"))
-    listed = (meta.get("qa") or []) if isinstance(meta, dict) else []
-    pairs = []
-    for pair in listed if isinstance(listed, list) else [listed]:
-        texts = [pair.get("question"), pair.get("answer")] if isinstance(pair, dict) else []
-        stripped = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-        if len(stripped) != 2:
-            raise ValueError(
-                f"found {str(pair)[:100]} in qa; expected "
-                '{"question": "…", "answer": "…"}: mend the sample\'s JSON'
-            )
-        pairs.append((stripped[0], stripped[1]))
-    return pairs

@@ -15,6 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bridges.files import write_json
+from recipes.bench_decode import decode_workloads
+from recipes.bench_flamingo import flamingo_step_workloads
+from recipes.bench_gated import gated_workloads
+from recipes.bench_perceiver import perceiver_workloads
 from recipes.bench_stage1 import stage1_workloads
 from recipes.recording import git_revision
 from recipes.workload import UNTIMED, Workload, matmul_peak, matmul_precision, measure
@@ -22,7 +26,13 @@ from recipes.workload import UNTIMED, Workload, matmul_peak, matmul_precision, m
 Builders = Mapping[str, Callable[[], Workload]]
 """Workloads by name, each built only when its turn comes."""
 
-BENCHES: dict[str, Callable[[torch.device], Builders]] = {"stage1": stage1_workloads}
+BENCHES: dict[str, Callable[[torch.device], Builders]] = {
+    "stage1": stage1_workloads,
+    "gated_xattn": gated_workloads,
+    "decode": decode_workloads,
+    "perceiver": perceiver_workloads,
+    "flamingo_step": flamingo_step_workloads,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,12 @@ COMMANDS = {
         "main",
         "rank pictures for texts and texts for pictures with a stage-1 run",
     ),
-    "attention": ("recipes.attention", "main", "draw what each query of a Q-Former looks at"),
+    "fewshot": (
+        "recipes.fewshot",
+        "main",
+        "ask a trained bridge after demonstrations in the prompt",
+    ),
+    "attention": ("recipes.attention", "main", "draw what words, or a Q-Former's queries, look at"),
     "export": ("recipes.export", "main", "write a trained bridge as a Hugging Face folder"),
     "bench": ("recipes.bench", "main", "measure ours beside a reference, in one process"),
     "demo": ("recipes.demo", "main", "train two bridges on emoji scenes and write a report"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from recipes.scenes import write_scenes
+from recipes.scene_shards import write_scenes
 from recipes.shards import build_shards, print_report
 
 
@@ -33,13 +33,19 @@ def scenes(arguments: Sequence[str]) -> None:
     """`bridges scenes OUT`."""
     parser = ArgumentParser(
         prog="bridges scenes",
-        description="Draws emoji scenes with captions, questions and answers as webdataset "
-        "shards, so that any recipe can be tried without data of one's own.",
+        description="Draws emoji scenes with captions, questions and answers, or documents of "
+        "several scenes, as webdataset shards, so that any recipe can be tried without data of "
+        "one's own.",
     )
     parser.add_argument("out", type=Path, help="folder for the shards")
     parser.add_function_arguments(write_scenes, skip={"out", "progress"}, fail_untyped=False)
     options = vars(parser.parse_args(list(arguments)))
-    print_report(write_scenes(options.pop("out"), **options))
+    report = write_scenes(options.pop("out"), **options)
+    if options["documents"]:
+        documents = sum(report.samples.values())
+        print(f"{report.captions:,} pictures with texts in {documents:,} documents: {report.out}")
+    else:
+        print_report(report)
 
 
 def caption(arguments: Sequence[str]) -> None:

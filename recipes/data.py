@@ -9,11 +9,17 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader
 
-from bridges import VisionEncoder
-from recipes.batch import Batch, CaptionDecoder, Collate
-from recipes.cache import cache_features, check_cached
+from bridges import VisionEncoder, VisionLanguageModel
+from recipes.batch import Batch, CaptionCollator, Collate
+from recipes.cache import PICTURES, CacheForm, cache_features, check_cached
+from recipes.documents import DOCUMENTS
+from recipes.documents_window import DocumentCollator, Window
 from recipes.shard_files import expand_shards
 from recipes.stream import ShardStream
+from recipes.video import Clips, clip_form
+
+Task = Literal["caption", "instruction", "interleaved", "video"]
+"""What is read of a sample; see `CaptionData`."""
 
 HELD_OUT_SPLITS = ("val", "dev")
 """Never "test": what a run is watched on is not what it is measured on."""
@@ -65,7 +71,7 @@ class SizedLoader(DataLoader[Batch]):
 
 
 class CaptionData(L.LightningDataModule):
-    """Shards of captioned pictures.
+    """Shards of captioned pictures, of clips, or of documents with pictures in them.
 
     Args:
         shards: paths with braces or globs, or a folder. In a folder with ``train-*.tar`` those
@@ -79,9 +85,19 @@ class CaptionData(L.LightningDataModule):
         shuffle_buffer: samples held for shuffling.
         on_error: what to do with a bad sample: stop, or count it, name it and go on.
         seed: of the order of samples.
-        task: what is read of a sample: a caption, or, for instruction tuning, one of the
-            questions in its JSON's ``qa`` with its answer (a sample without any: its caption).
-            In training, one of several is drawn anew each epoch; in validation the first is taken.
+        task: what is read of a sample: ``caption``; for instruction tuning ``instruction``, one
+            of the questions in its JSON's ``qa`` with its answer (a sample without any: its
+            caption); ``interleaved``, a window of a document (`recipes.documents`); ``video``,
+            the caption of a clip (`recipes.video`). In training, one of several captions,
+            questions, windows or stretches of a clip is drawn anew each epoch; in validation
+            always the same is taken.
+        max_tokens: longest window of a document, placeholders included.
+        max_images: most pictures in such a window.
+        min_similarity: leave out pictures that match their text less, where a document says so.
+        loss_before_image: learn text before the first picture of a window, too, and documents
+            without a picture; these are else bad samples, see `on_error`.
+        num_frames: most frames of a clip.
+        fps: frames a second of a stretch of the clip; null spreads `num_frames` over all of it.
     """
 
     def __init__(
@@ -95,7 +111,13 @@ class CaptionData(L.LightningDataModule):
         shuffle_buffer: int = 1000,
         on_error: Literal["raise", "skip"] = "raise",
         seed: int = 0,
-        task: Literal["caption", "instruction"] = "caption",
+        task: Task = "caption",
+        max_tokens: int = 256,
+        max_images: int = 5,
+        min_similarity: float | None = None,
+        loss_before_image: bool = False,
+        num_frames: int = 8,
+        fps: float | None = 1.0,
     ) -> None:
         super().__init__()
         self.train_shards, self.held_out_shards = split_shards(shards, val_shards)
@@ -106,16 +128,33 @@ class CaptionData(L.LightningDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.on_error: Literal["raise", "skip"] = on_error
         self.seed = seed
-        self.task: Literal["caption", "instruction"] = task
+        self.task: Task = task
+        self.window = Window(max_tokens, max_images, min_similarity, loss_before_image)
+        self.clips = Clips(num_frames, fps)
         self.source_shards = [*self.train_shards, *self.held_out_shards]
         self._train: ShardStream[Any] | None = None
+
+    def collator(self, model: VisionLanguageModel) -> Collate:
+        """Makes this task's batches for a model.
+
+        Raises:
+            ValueError: windows of documents that do not fit the model.
+        """
+        if self.task == "interleaved":
+            return DocumentCollator.of(model, self.window)
+        return CaptionCollator.of(
+            model,
+            self.max_caption_tokens,
+            questions=self.task == "instruction",
+            clips=self.clips if self.task == "video" else None,
+        )
 
     def connect(self, vision: VisionEncoder, collate: Collate, world_size: int = 1) -> None:
         """Fits the stream to what reads it: its preprocessing, its features, its batches.
 
         Args:
             vision: the frozen encoder; it fills the feature cache where it is now.
-            collate: makes the batches: a module's `collator`, or `CaptionCollator.of` a model.
+            collate: decodes samples and makes the batches: a module's `collator`, or `collator`.
             world_size: number of ranks that share the training samples.
 
         Raises:
@@ -128,6 +167,7 @@ class CaptionData(L.LightningDataModule):
                 encoder=vision,
                 cache=Path(self.feature_cache),
                 on_error=self.on_error,
+                form=self._cache_form(),
             )
             self.train_shards = cache(self.train_shards)
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
@@ -172,14 +212,15 @@ class CaptionData(L.LightningDataModule):
         """Bad samples by kind, of this process."""
         return dict(self._train.skipped) if self._train is not None else {}
 
+    def _cache_form(self) -> CacheForm:
+        if self.task == "video":
+            return clip_form(self.clips)
+        return DOCUMENTS if self.task == "interleaved" else PICTURES
+
     def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
         return ShardStream(
             list(shards),
-            CaptionDecoder(
-                self._vision.preprocess,
-                random_caption=training,
-                questions=self.task == "instruction",
-            ),
+            self._collate.decoder(self._vision.preprocess, training=training),
             seed=self.seed,
             shuffle=training,
             shuffle_buffer=self.shuffle_buffer,

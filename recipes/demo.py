@@ -21,6 +21,7 @@ from recipes.batch import CaptionCollator
 from recipes.cache import mean_patches
 from recipes.data import CaptionData
 from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
+from recipes.gates import GATES_FILE
 from recipes.recording import PROVENANCE_FILE
 from recipes.scenes import scene_samples
 from recipes.shard_writer import MANIFEST, write_shards
@@ -47,6 +48,7 @@ RUN_FILES = (
     PROVENANCE_FILE,
     "config.yaml",
     CSV_LOGS,
+    GATES_FILE,
     "tensorboard",
     "checkpoints",
     ".*",

@@ -72,7 +72,7 @@ def caption_nll(
         text, instruction = collate.texts([None] * len(chunk), [caption for _, caption in chunk])
         device = model.lm.device
         text, instruction = text.to(device), moved(instruction, device)
-        with _autocast(model):
+        with autocast(model):
             output = model(
                 text.input_ids,
                 text.attention_mask,
@@ -95,7 +95,7 @@ def captions(
     """Greedy captions of every picture."""
     written: list[str] = []
     for rows in track(list(_chunks(range(len(held_out)), batch_size)), title, transient=True):
-        with _autocast(model):
+        with autocast(model):
             written += caption_features(model, _features(held_out, list(rows)), max_new_tokens=32)
     return written
 
@@ -124,7 +124,7 @@ def _features(held_out: HeldOut, rows: Sequence[int]) -> VisionFeatures:
     return VisionFeatures(patches, mask, held_out.grid)
 
 
-def _autocast(model: VisionLanguageModel) -> torch.autocast:
+def autocast(model: VisionLanguageModel) -> torch.autocast:
     """The precision of training: a bf16 LM beside an fp32 bridge computes in bf16."""
     low = model.lm.dtype != torch.float32
     return torch.autocast(model.lm.device.type, model.lm.dtype if low else None, enabled=low)

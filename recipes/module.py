@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from bridges import (
@@ -22,8 +23,9 @@ from bridges.language import IMAGE_TOKEN
 from bridges.prompts import CAPTION_INSTRUCTION, QUESTION, instruction_tokenizer
 from bridges.run import check_fingerprints
 from qformer.runs import check_encoder, is_stage1_run
-from recipes.batch import CaptionBatch, CaptionCollator
+from recipes.batch import CaptionBatch, Collate
 from recipes.data import CaptionData
+from recipes.mixture import MixtureData
 from recipes.training import BridgeModule, OptimizerOptions
 
 
@@ -37,9 +39,12 @@ class CaptionModule(BridgeModule):
         optimizer: optimiser and schedule.
         prompt: what stands before a caption; must hold ``<image>``. With ``data.task:
             instruction``, ``{question}`` in it is the sample's question.
-        init_from: weights that the bridge's resampler starts from, see its `load_pretrained`: a
-            run of stage 1, or a checkpoint. Of no meaning once the run has begun.
+        init_from: weights that the bridge starts from, or its resampler alone, see their
+            `load_pretrained`: a run of stage 1, or a checkpoint. Of no meaning once the run has
+            begun.
     """
+
+    takes_mixtures = True
 
     def __init__(
         self,
@@ -58,30 +63,48 @@ class CaptionModule(BridgeModule):
             prompt=prompt,
         )
         self.init_from = init_from
-        self.val_nll = MeanMetric()
 
     @property
     def vision(self) -> VisionEncoder:
         return self.vlm.vision
 
-    def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """Caption loss of a batch, in nats per token, plus the bridge's own losses."""
         output = self._forward(batch)
         size = len(batch)
-        self.log("loss", output.loss, prog_bar=True, batch_size=size)
         for name, loss in output.losses.items():
             self.log(f"loss/{name}", loss, batch_size=size)
         if batch.text.truncated:
             self.log("truncated_captions", float(batch.text.truncated), batch_size=size)
         if batch.truncated_questions:
             self.log("truncated_questions", float(batch.truncated_questions), batch_size=size)
-        return output.loss
+        return self.objective(output.loss, batch, batch_idx)
 
-    def validation_step(self, batch: CaptionBatch, _: int) -> None:
+    def setup(self, stage: str) -> None:
+        """A metric for the held-out samples, of every source of a mixture."""
+        names = ["val_loss"]
+        if isinstance(data := self._data, MixtureData):
+            names = [f"val_loss/{name}" for name in data.held_out]
+        self.val_losses = nn.ModuleDict({name: MeanMetric() for name in names})
+
+    def validation_step(self, batch: CaptionBatch, _: int, dataloader_idx: int = 0) -> None:
         """Held-out caption loss per token."""
-        output = self._forward(batch)
-        self.val_nll.update(output.token_losses.mean(), len(output.token_losses))
-        self.log("val_loss", self.val_nll, prog_bar=True, batch_size=len(batch))
+        losses = self._forward(batch).token_losses
+        name, metric = list(self.val_losses.items())[dataloader_idx]
+        assert isinstance(metric, MeanMetric)
+        metric.update(losses.mean(), len(losses))
+        options: dict[str, Any] = {"batch_size": len(batch), "add_dataloader_idx": False}
+        self.log(name, metric, prog_bar=name == "val_loss", **options)
+
+    def on_validation_epoch_end(self) -> None:
+        """The held-out losses of a mixture's sources, weighed as in training, are its own."""
+        if not isinstance(data := self._data, MixtureData):
+            return
+        weighed = [
+            data.sources[name].weight * metric.compute()  # pyright: ignore[reportCallIssue]
+            for name, metric in zip(data.held_out, self.val_losses.values(), strict=True)
+        ]
+        self.log("val_loss", torch.stack(weighed).sum(), prog_bar=True, sync_dist=True)
 
     def check_data(self, data: CaptionData) -> None:
         """The prompt leaves the LM's context room, and somebody reads the questions there are."""
@@ -102,27 +125,19 @@ class CaptionModule(BridgeModule):
         self.vlm.check_length(text.input_ids.shape[1] + 1)
 
     def initialise(self) -> None:
-        """The resampler starts from `init_from`.
+        """The bridge, or its resampler, starts from `init_from`.
 
         Raises:
-            ValueError: a bridge without a resampler, or one that cannot be given weights; a run
-                of another encoder.
+            ValueError: neither can be given these weights; a run of another encoder.
         """
         if self.init_from is None:
             return
-        load = getattr(getattr(self.vlm.bridge, "resampler", None), "load_pretrained", None)
-        if load is None:
-            raise ValueError(
-                f"found model.init_from with a {type(self.vlm.bridge).__name__}, whose resampler "
-                "cannot be given weights; expected one with load_pretrained, such as "
-                "qformer.QFormer: leave model.init_from out, or choose another resampler"
-            )
         if is_stage1_run(Path(self.init_from)):
             check_encoder(Path(self.init_from), self.vision)
-        load(self.init_from)
+        self.vlm.bridge.load_pretrained(self.init_from, self.vlm.lm)
 
-    def collator(self, max_tokens: int) -> CaptionCollator:
-        return CaptionCollator.of(self.vlm, max_tokens)
+    def collator(self, data: CaptionData) -> Collate:
+        return data.collator(self.vlm)
 
     def save(self, folder: Path, config: dict[str, Any]) -> None:
         lora = config["lm"]["lora"]
@@ -144,6 +159,10 @@ class CaptionModule(BridgeModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.vlm.load_trainable_state(state_dict)
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
 
     def _forward(self, batch: CaptionBatch) -> ModelOutput:
         text = batch.text

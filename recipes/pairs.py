@@ -10,13 +10,15 @@ from torch import Tensor
 
 from bridges import Instruction
 from bridges.prompts import encode_text
+from bridges.vision import Preprocess
 from recipes.batch import Batch, moved, pictures
+from recipes.samples import CaptionDecoder
 
 UNLIMITED = 2**20
 """Tokens that no caption has."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairBatch(Batch):
     """Pictures, each with a caption in the Q-Former's own vocabulary.
 
@@ -55,6 +57,9 @@ class PairCollator:
     tokenizer: Any
     max_tokens: int
     grid: tuple[int, int]
+
+    def decoder(self, preprocess: Preprocess, *, training: bool) -> CaptionDecoder:
+        return CaptionDecoder(preprocess, random_caption=training)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> PairBatch:
         batch = pictures(samples, self.grid)

@@ -13,8 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bridges.files import write_json, write_text
-from recipes.data import CaptionData
 from recipes.finite import SkipNonFinite
+from recipes.mixture import TrainingData, sources_of
 from recipes.shard_files import shard_digest
 from recipes.training import BridgeModule
 
@@ -63,7 +63,7 @@ class RunRecorder(Callback):
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(data, CaptionData)
+        assert isinstance(data, TrainingData)
         assert isinstance(pl_module, BridgeModule)
         write_text(self.folder / "config.yaml", self.dumped)
         provenance = {
@@ -78,7 +78,11 @@ class RunRecorder(Callback):
             "fingerprints": pl_module.fingerprints(),
             "trainable_parameters": count_parameters(pl_module, trainable=True),
             "frozen_parameters": count_parameters(pl_module, trainable=False),
-            "shards": {str(p): shard_digest(p) for p in data.source_shards},
+            "shards": {
+                str(path): shard_digest(path)
+                for source in sources_of(data)
+                for path in source.source_shards
+            },
         }
         path = self.folder / PROVENANCE_FILE
         if trainer.global_step and path.is_file():

@@ -23,14 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
-from bridges.embedded import ASSETS, fetch
 from recipes.scene_captions import caption, questions
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
-from recipes.shard_writer import ShardSet
-from recipes.shards import ShardReport
 
 IMAGE_SIZE = 224
 HELD_OUT_SHARE = 0.15
@@ -40,6 +35,7 @@ PAIR_SIZES = (64, 110)  # two of the largest still fit side by side
 MAX_SLANT = 0.4
 COLOUR_JITTER = 10
 VENDORS = ("Goog", "Twtr")
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -84,13 +80,13 @@ def generate(
         vendors: Whose artwork to draw; leave one out to hold its style out.
         two_object_share: Probability that a scene has two objects.
     """
-    if split not in ("train", "val"):
+    if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
     if not vendors or not set(vendors) <= set(VENDORS):
         raise ValueError(f"vendors are {list(vendors)}, expected some of {list(VENDORS)}")
     for k in range(n):
         rng = random.Random(f"{seed}/{split}/{k}")
-        yield _scene(rng, split, vendors, pair=rng.random() < two_object_share)
+        yield random_scene(rng, split, vendors, pair=rng.random() < two_object_share)
 
 
 def draw(scene: Scene, folder: Path) -> Image.Image:
@@ -117,67 +113,30 @@ def scene_samples(
     The json's "qa" lists {"question", "answer"}, see `questions`.
     """
     for k, scene in enumerate(generate(n, seed, split, vendors, two_object_share)):
-        jpg = io.BytesIO()
-        draw(scene, folder).save(jpg, "JPEG", quality=95)
         text = caption(scene)
         # A stream of their own: whatever is asked, the scenes stay as they are.
         asking = random.Random(f"{seed}/{split}/{k}/questions")
-        meta = {
-            "captions": [text],
-            "objects": [placed.name for placed in scene.objects],
-            "relation": scene.relation,
-            "colour": scene.colour,
-            "vendors": [placed.vendor for placed in scene.objects],
-            "boxes": [list(placed.box) for placed in scene.objects],
-            "qa": questions(scene, asking),
-        }
-        yield {"__key__": f"{split}-{k:06d}", "jpg": jpg.getvalue(), "txt": text, "json": meta}
+        meta = {"captions": [text], **truth(scene), "qa": questions(scene, asking)}
+        jpg = encoded(draw(scene, folder))
+        yield {"__key__": f"{split}-{k:06d}", "jpg": jpg, "txt": text, "json": meta}
 
 
-def write_scenes(
-    out: Path,
-    *,
-    train: int = 10000,
-    val: int = 400,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> ShardReport:
-    """Draws scenes into the shards of a folder, all or none; ``shards.json`` names them.
+def truth(scene: Scene) -> dict[str, Any]:
+    """What is in a scene, for a sample's JSON; `recipes.scene_captions.score` reads it."""
+    return {
+        "objects": [placed.name for placed in scene.objects],
+        "relation": scene.relation,
+        "colour": scene.colour,
+        "vendors": [placed.vendor for placed in scene.objects],
+        "boxes": [list(placed.box) for placed in scene.objects],
+    }
 
-    Args:
-        out: The folder for the shards; made when it does not exist.
-        train: Scenes to train on.
-        val: Scenes to validate on, of compositions that the others never show.
-        seed: Another seed gives other scenes.
-        overwrite: Replace the shards in ``out`` if there are any.
-        progress: Show a progress bar.
 
-    Raises:
-        ValueError: Shards in ``out`` already, or no scenes or a negative number asked for.
-        EmbeddedAssetError: The artwork is not in the cache and cannot be fetched.
-    """
-    with ShardSet(out, samples_per_shard=1000, overwrite=overwrite) as shards:
-        if min(train, val) < 0 or train + val == 0:
-            raise ValueError(
-                f"found {train} and {val} scenes to draw; expected 0 or more, and some in all: "
-                "give another --train or --val"
-            )
-        emoji = fetch("emoji")
-        counts = {"train": train, "val": val}
-        drawn = (
-            (split, sample)
-            for split, n in counts.items()
-            for sample in scene_samples(n, seed, split, emoji)
-        )
-        console = Console(stderr=True)
-        for split, sample in track(
-            drawn, "scenes", train + val, console=console, disable=not progress
-        ):
-            shards.add(split, sample)
-        source = {"seed": seed, "scenes": counts, "licence": ASSETS["emoji"].licence}
-        written = shards.commit(manifest=source)
-    return ShardReport(out, written, captions=train + val)
+def encoded(picture: Image.Image) -> bytes:
+    """A drawn picture as a JPEG."""
+    jpg = io.BytesIO()
+    picture.save(jpg, "JPEG", quality=95)
+    return jpg.getvalue()
 
 
 def is_held_out(names: Sequence[str], colour: str) -> bool:
@@ -190,7 +149,8 @@ def is_held_out(names: Sequence[str], colour: str) -> bool:
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
-def _scene(rng: random.Random, split: str, vendors: Sequence[str], pair: bool) -> Scene:
+def random_scene(rng: random.Random, split: str, vendors: Sequence[str], pair: bool) -> Scene:
+    """A scene of one object, or of a pair, whose composition a split may show."""
     names, colours = list(CODE_POINTS), list(GROUND_COLOURS)
     while True:  # about seven draws for "val"
         chosen, colour = rng.sample(names, 2 if pair else 1), rng.choice(colours)

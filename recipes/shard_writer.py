@@ -19,7 +19,7 @@ from typing import IO, Any
 from webdataset.writer import TarWriter
 
 from bridges.files import write_json
-from recipes.samples import EXTENSIONS
+from recipes.samples import MEMBERS, is_member
 from recipes.shard_files import shard_digest
 
 MANIFEST = "shards.json"
@@ -43,7 +43,8 @@ def write_shards(
 
     Args:
         samples: Each with ``__key__`` (without dots; unique) and its
-            members: bytes for jpg, jpeg, png, webp, npy; a string for txt; a dict for json.
+            members: bytes for jpg, jpeg, png, webp, 0.jpg (and other numbered pictures), mp4,
+            npy; a string for txt; a dict for json.
         out: The folder; made when it does not exist.
         split: The first part of the shards' names.
         samples_per_shard: All shards but the last hold this many.
@@ -200,10 +201,8 @@ def _encode(key: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> dic
     for extension, member in sample.items():
         if extension == "__key__":
             continue
-        if extension not in EXTENSIONS:
-            raise ValueError(
-                f"sample {key!r} has the member {extension!r}; expected {sorted(EXTENSIONS)}"
-            )
+        if not is_member(extension):
+            raise ValueError(f"sample {key!r} has the member {extension!r}; expected {MEMBERS}")
         if extension == "json" and isinstance(member, dict):
             encoded[extension] = json.dumps(member, ensure_ascii=False, sort_keys=True).encode()
         elif extension == "txt" and isinstance(member, str):

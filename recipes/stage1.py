@@ -225,8 +225,9 @@ class Stage1Module(BridgeModule):
         losses = [self.weights[n] * metric.compute() for n, metric in self.val_losses.items()]  # pyright: ignore[reportCallIssue]
         self.log("val_loss", torch.stack(losses).sum(), prog_bar=True, sync_dist=True)
 
-    def collator(self, max_tokens: int) -> PairCollator:
-        return PairCollator(self.stage1.qformer.tokenizer, max_tokens, self.vision.shape.grid)
+    def collator(self, data: CaptionData) -> PairCollator:
+        tokenizer, grid = self.stage1.qformer.tokenizer, self.vision.shape.grid
+        return PairCollator(tokenizer, data.max_caption_tokens, grid)
 
     def save(self, folder: Path, config: dict[str, Any]) -> None:
         spec = Stage1Spec(

@@ -22,7 +22,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recipes.samples import EXTENSIONS, SampleError
+from recipes.samples import MEMBERS, SampleError, is_member
 from recipes.shard_files import ShardError, expand_shards, read_samples, sample_offsets
 
 _PASSED_OVER = frozenset(("cls",))
@@ -219,16 +219,16 @@ class ShardStream(IterableDataset[T]):
 
     def _decode(self, sample: dict[str, Any]) -> T:
         shard, key = Path(sample["__url__"]), sample["__key__"]
-        raw = {name: data for name, data in sample.items() if name in EXTENSIONS}
+        raw = {name: data for name, data in sample.items() if is_member(name)}
         refused = [
             name
             for name in sample
-            if name not in EXTENSIONS | _PASSED_OVER and not name.startswith("__")
+            if name not in raw and name not in _PASSED_OVER and not name.startswith("__")
         ]
         if refused:
             error = SampleError(
-                f"{shard}: sample {key!r} has members {refused}; only {sorted(EXTENSIONS)} are "
-                f"read (nothing is unpickled; keys have no dots): rewrite the shard without them",
+                f"{shard}: sample {key!r} has members {refused}; only {MEMBERS} are read (nothing "
+                "is unpickled; keys have no dots): rewrite the shard without them",
                 kind="refused member",
             )
             if self.on_error == "raise":

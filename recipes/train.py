@@ -9,29 +9,35 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from bridges.precision import resolve_dtype
 from bridges.run import RUN_FILE
+from recipes.arguments import CONFIGS, chosen, expand_configs, expand_data
 from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
-from recipes.data import CaptionData, split_shards
+from recipes.data import split_shards
 from recipes.finite import SkipNonFinite
+from recipes.gates import GateRecorder
+from recipes.mixture import MixtureData, sources_of
 from recipes.progress import StepProgressBar, Throughput
 from recipes.recording import RunRecorder
-from recipes.training import DEFAULT_MODULE, BridgeModule, load_module
+from recipes.training import (
+    DEFAULT_DATA,
+    DEFAULT_MODULE,
+    BridgeModule,
+    load_data_class,
+    load_module,
+)
+
+__all__ = ["CONFIGS", "CSV_LOGS", "TrainCLI", "main", "train"]
 
 CSV_LOGS = "csv-*"
 """Folders of the CSV logs in a run directory."""
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 class TrainCLI(LightningCLI):
@@ -44,6 +50,12 @@ class TrainCLI(LightningCLI):
             type=str,
             default=DEFAULT_MODULE,
             help="class path of what is trained, a recipes.training.BridgeModule",
+        )
+        parser.add_argument(
+            "--data_class",
+            type=str,
+            default=DEFAULT_DATA,
+            help="class path of the data, recipes.data.CaptionData or recipes.mixture.MixtureData",
         )
         parser.add_argument("--run", type=str, required=True, help="folder of the run")
         parser.add_argument(
@@ -66,7 +78,9 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be refused is refused before models are loaded."""
         config: Namespace = self.config
-        split_shards(config.data.shards, config.data.val_shards)
+        mixed = config.data.get("sources")
+        for source in [config.data] if mixed is None else filter(None, mixed.values()):
+            split_shards(source["shards"], source["val_shards"])
         folder = Path(config.run)
         begun = (folder / RUN_FILE).exists() or (folder / LAST).exists()
         if begun and not config.resume:
@@ -103,12 +117,17 @@ class TrainCLI(LightningCLI):
         ]
         instantiated: Any = self.config_init
         options = instantiated.trainer
+        if isinstance(self.datamodule, MixtureData):
+            kwargs |= self.datamodule.trainer_options(
+                options.accumulate_grad_batches, options.val_check_interval
+            )
         skips = SkipNonFinite(config.max_skipped_in_a_row)
         kwargs["callbacks"] = [
             *(options.callbacks or []),
             *([StepProgressBar()] if options.enable_progress_bar is not False else []),
             RichModelSummary(max_depth=2),
             Throughput(),
+            GateRecorder(folder),
             skips,
             LastCheckpoint(folder / LAST, config.checkpoint_every),
             RunRecorder(folder, config.as_dict(), dumped, skips),
@@ -145,16 +164,19 @@ def _train(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
     with warnings.catch_warnings():
         for message in UNHELPFUL_WARNINGS:
             warnings.filterwarnings("ignore", message)
-        return _fit(expand_arguments(arguments))
+        return _fit(expand_configs(arguments))
 
 
 def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
-    path = module_path(arguments)
+    module_path = chosen("module", arguments, DEFAULT_MODULE)
+    data_path = chosen("data_class", arguments, DEFAULT_DATA)
+    data_class = load_data_class(data_path)
+    arguments = expand_data(arguments, mixture=issubclass(data_class, MixtureData))
     cli = TrainCLI(
-        load_module(path),
-        CaptionData,
+        load_module(module_path),
+        data_class,
         # Last, so that what is dumped is the class that was trained.
-        args=[*arguments, f"--module={path}"],
+        args=[*arguments, f"--module={module_path}", f"--data_class={data_path}"],
         run=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -166,77 +188,19 @@ def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
     module: Any = cli.model
     resume = folder / LAST if cli.config.resume else None
     # Before fit, which makes folders for its logs: what is refused here leaves nothing behind.
-    module.check_data(data)
+    module.check_mixture(data)
+    for source in sources_of(data):
+        module.check_data(source)
     if resume is None:
         module.initialise()
     else:
         belongs = torch.load(resume, map_location="cpu", weights_only=True)["fingerprints"]
         module.check_fingerprints(belongs, f"the run in {folder}")
     module.vision.to(trainer.strategy.root_device)
-    collate = module.collator(data.max_caption_tokens)
-    data.connect(module.vision, collate, trainer.world_size)
+    collator = module.collator if isinstance(data, MixtureData) else module.collator(data)
+    data.connect(module.vision, collator, trainer.world_size)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return folder, module
-
-
-def module_path(arguments: Sequence[str]) -> str:
-    """Class path of the module to train, which the parser must know before it parses.
-
-    Args:
-        arguments: from `expand_arguments`. ``--module`` comes before the key ``module`` of the
-            configs, the last one given before the others.
-    """
-    given: list[str] = []
-    configured: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        value = value if equals else following
-        if flag == "--module":
-            given.append(value)
-        elif flag in ("--config", "-c"):
-            configured += _configured_module(value)
-    return [DEFAULT_MODULE, *configured, *given][-1]
-
-
-def _configured_module(config: str) -> list[str]:
-    """The key ``module`` of a config file, if it has one."""
-    try:
-        loaded = OmegaConf.load(config)
-        module = loaded.get("module") if isinstance(loaded, DictConfig) else None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError):
-        return []  # the parser says what is wrong with it
-    return [] if module is None else [str(module)]
-
-
-def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """`--data PATH` means `--data.shards=PATH`; a shipped config may go by its bare name."""
-    expanded: list[str] = []
-    previous = ""
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if previous in ("--config", "-c") or (flag == "--config" and equals):
-            path = shipped_config(value if equals else argument)
-            argument = f"--config={path}" if equals else path
-        elif argument == "--data":
-            argument = "--data.shards"
-        elif flag == "--data" and equals:
-            argument = f"--data.shards={value}"
-        expanded.append(argument)
-        previous = argument
-    return expanded
-
-
-def shipped_config(name: str) -> str:
-    """A config file by its path, or a shipped one by its name without `.yaml`."""
-    if Path(name).is_file():
-        return name
-    shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
-    if not shipped.is_file():
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-        raise ValueError(
-            f"found no config file {name!r}; expected a path or one of the shipped {names}"
-        )
-    return str(shipped)
 
 
 def main(arguments: Sequence[str]) -> None:

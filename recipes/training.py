@@ -1,11 +1,8 @@
 """What every Lightning module of the recipes has in common, whatever it trains."""
 
 import math
+import random
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,37 +10,20 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from bridges import VisionEncoder
-from recipes.batch import Collate
+from recipes.batch import Batch, Collate
 from recipes.data import CaptionData
+from recipes.mixture import MixtureData, TrainingData
+from recipes.optimizer import OptimizerOptions, adamw
+
+__all__ = ["BridgeModule", "OptimizerOptions", "load_data_class", "load_module"]
 
 DEFAULT_MODULE = "recipes.module.CaptionModule"
 """What a config without the key ``module`` trains."""
 
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW with linear warm-up and cosine decay.
-
-    Attributes:
-        lr: peak learning rate.
-        min_lr: learning rate at the end.
-        warmup_steps: optimiser steps from 0 to `lr`.
-        betas: of Adam; BLIP-2's by default.
-        weight_decay: on matrices only; biases, norms and gates have none.
-        lr_scale: factor on the learning rate of the parameters whose names match a pattern.
-            ``{"*_gate": 20}`` opens zero-initialised gates in a short run: Adam moves a scalar
-            by about one learning rate a step, and until it has, its block learns nothing.
-    """
-
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.05
-    lr_scale: dict[str, float] = field(default_factory=dict)
+DEFAULT_DATA = "recipes.data.CaptionData"
+"""What a config without the key ``data_class`` trains on."""
 
 
 class BridgeModule(L.LightningModule, ABC):
@@ -56,9 +36,14 @@ class BridgeModule(L.LightningModule, ABC):
         optimizer: optimiser and schedule.
     """
 
+    takes_mixtures = False
+    """Whether `training_step` returns its loss by way of `objective`."""
+
     def __init__(self, optimizer: OptimizerOptions) -> None:
         super().__init__()
         self.optimizer_options = optimizer
+        self._seed = torch.initial_seed()
+        self._latest: dict[str, Tensor] = {}
 
     @property
     @abstractmethod
@@ -82,11 +67,11 @@ class BridgeModule(L.LightningModule, ABC):
         """
 
     @abstractmethod
-    def collator(self, max_tokens: int) -> Collate:
+    def collator(self, data: CaptionData) -> Collate:
         """Makes a batch of decoded samples, in a worker if there are any.
 
         Args:
-            max_tokens: longer captions are cut, ``data.max_caption_tokens``.
+            data: whose task and limits it follows.
         """
 
     @abstractmethod
@@ -113,6 +98,54 @@ class BridgeModule(L.LightningModule, ABC):
             ValueError: what does not fit, and the key to change.
         """
 
+    def check_mixture(self, data: TrainingData) -> None:
+        """Refuses a mixture whose weights a module would not heed.
+
+        Raises:
+            ValueError: naming the module.
+        """
+        if isinstance(data, MixtureData) and not self.takes_mixtures:
+            raise ValueError(
+                f"found a mixture of data for {type(self).__name__}, which trains on one source; "
+                "expected recipes.data.CaptionData: leave data_class out, or choose a module that "
+                "takes mixtures"
+            )
+
+    def objective(self, loss: Tensor, batch: Batch, batch_idx: int) -> Tensor:
+        """Logs the loss of a training batch, and weighs it if its source has a weight.
+
+        Of a mixture, the loss of the batch is logged under its source's name, and as ``loss`` the
+        sum of the sources' latest losses, weighed.
+
+        Args:
+            loss: of the batch.
+            batch: which it is the loss of.
+            batch_idx: its place in the epoch.
+
+        Returns:
+            What `training_step` must return.
+        """
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        size = len(batch)
+        if not isinstance(data, MixtureData):
+            self.log("loss", loss, prog_bar=True, batch_size=size)
+            return loss
+        name = data.source_at(batch_idx)
+        self.log(f"loss/{name}", loss, batch_size=size)
+        self._latest[name] = loss.detach()
+        if len(self._latest) == len(data.sources):
+            weighed = [data.sources[name].weight * x for name, x in self._latest.items()]
+            self.log("loss", torch.stack(weighed).sum(), prog_bar=True, batch_size=size)
+        return loss * data.factor(name)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """What is drawn in a step depends on its place alone, so that a resumed run draws it too.
+
+        Ranks draw apart.
+        """
+        place = f"{self._seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
+        torch.manual_seed(random.Random(place).getrandbits(62))
+
     def initialise(self) -> None:
         """Puts pretrained weights into what is trained; called for a new run, not a resumed one."""
 
@@ -122,22 +155,8 @@ class BridgeModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters; the schedule steps with the optimiser."""
-        options = self.optimizer_options
-        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                decay = options.weight_decay if parameter.ndim >= 2 else 0.0
-                groups[options.lr * _scale(name, options.lr_scale), decay].append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()],
-            lr=options.lr,
-            betas=options.betas,
-        )
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer,
-            options.warmup_steps,
-            self._total_steps(),
-            min_lr=options.min_lr,
+        optimizer, schedule = adamw(
+            self.optimizer_options, self.named_parameters(), self._total_steps
         )
         return {
             "optimizer": optimizer,
@@ -178,22 +197,33 @@ def load_module(path: str) -> type[BridgeModule]:
     Raises:
         ValueError: nothing of that name can be imported, or it is no `BridgeModule`.
     """
+    return _load("module", path, DEFAULT_MODULE, BridgeModule)
+
+
+def load_data_class(path: str) -> type[TrainingData]:
+    """The class of the data that is trained on.
+
+    Raises:
+        ValueError: nothing of that name can be imported, or it is neither `CaptionData` nor
+            `MixtureData`.
+    """
+    return _load("data_class", path, DEFAULT_DATA, CaptionData, MixtureData)
+
+
+def _load(key: str, path: str, example: str, *bases: type) -> Any:
     package, _, name = path.rpartition(".")
-    expected = f"expected the class path of a BridgeModule, such as {DEFAULT_MODULE}"
+    wanted = " or ".join(base.__name__ for base in bases)
+    expected = f"expected the class path of a {wanted}, such as {example}"
     try:
         found = getattr(import_module(package), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"found module {path!r}, which cannot be imported ({error}); {expected}: check the "
+            f"found {key} {path!r}, which cannot be imported ({error}); {expected}: check the "
             "spelling, and that its package is installed"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, BridgeModule)):
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        derive = " or ".join(f"{base.__module__}.{base.__name__}" for base in bases)
         raise ValueError(
-            f"found module {path!r}, which is no BridgeModule; {expected}: derive it from "
-            "recipes.training.BridgeModule"
+            f"found {key} {path!r}, which is no {wanted}; {expected}: derive it from {derive}"
         )
     return found
-
-
-def _scale(name: str, scales: Mapping[str, float]) -> float:
-    return next((scale for pattern, scale in scales.items() if fnmatch(name, pattern)), 1.0)

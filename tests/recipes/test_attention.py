@@ -19,7 +19,8 @@ from bridges.run import LanguageSource, RunSpec, VisionSource, save_run
 from qformer import QFormer
 from qformer.maps import cross_attention_maps
 from recipes import cli
-from recipes.attention import as_seen, load_qformer, overlay, picture
+from recipes.attention import load_qformer, picture
+from recipes.attention_picture import as_seen, overlay
 
 
 def noise(width: int = 30, height: int = 20) -> Image.Image:
@@ -150,8 +151,10 @@ def test_what_cannot_be_drawn_is_said(stage1_run, on_disk, photo, tmp_path, caps
     assert "none.png" in capsys.readouterr().err
     projector = {"class_path": "bridges.Projector", "init_args": {"layers": 1}}
     folder = stage2_run(tmp_path / "run", on_disk, projector)
-    assert run(photo, "--run", folder, "--out", out) == 2
+    assert run(photo, "--run", folder, "--out", out, "--of", "queries") == 2
     assert "Projector" in capsys.readouterr().err
+    assert run(photo, "--run", stage1_run, "--out", out, "--words", "cat") == 2
+    assert "no language model" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -1,5 +1,6 @@
 """The feature cache: exact, complete, never stale, and what it does with a bad picture."""
 
+import hashlib
 import io
 import json
 import logging
@@ -11,7 +12,9 @@ from PIL import Image
 
 from bridges.images import open_image
 from recipes.cache import FEATURES_FILE, cache_features, check_cached, mean_patches
+from recipes.documents import DOCUMENTS, read_document
 from recipes.samples import decode_caption_sample
+from recipes.shard_files import shard_digest
 from recipes.shard_writer import write_shards
 from recipes.stream import ShardStream
 
@@ -98,3 +101,47 @@ def test_keys_may_repeat_from_shard_to_shard(encoder, tmp_path):
         write_shards([sample(0)], tmp_path / "shards" / name, "train")
     shards = sorted((tmp_path / "shards").rglob("*.tar"))
     assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 2
+
+
+def test_caches_of_single_pictures_keep_their_names(encoder, tmp_path):
+    """Renamed, those of earlier versions would all be computed again."""
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    content = "\n".join([encoder.fingerprint, "raise", *map(shard_digest, shards)])
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    assert cache_features(shards, encoder, tmp_path / "cache")[0].parent.name == name
+
+
+def document(index: int) -> dict[str, object]:
+    """A document of ``index`` pictures."""
+    pictures = {f"{k}.png": sample(index + k)["png"] for k in range(index)}
+    parts = [part for k in range(index) for part in ({"image": k}, f"text {k}")]
+    return {"__key__": f"d{index}", "json": {"parts": ["start", *parts], "style": "x"}, **pictures}
+
+
+def test_all_pictures_of_a_document_are_encoded_in_their_order(encoder, tmp_path):
+    written = [document(index) for index in (3, 0, 5, 1)]
+    shards = write_shards(written, tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache", batch_size=4, form=DOCUMENTS)
+    stream = ShardStream(cached, read_document, seed=0, shuffle=False)
+    for found, expected in zip(stream, written, strict=True):
+        count = len(expected) - 2
+        assert found.meta == {"style": "x"}
+        assert found.parts == ("start", *(p for k in range(count) for p in (k, f"text {k}")))
+        assert len(found.images) == count
+        for k, features in enumerate(found.images):
+            pixels = encoder.preprocess(open_image(expected[f"{k}.png"]))
+            own = encoder.encode(pixels[None, None]).patches[0, 0]
+            torch.testing.assert_close(features.float(), own, rtol=1e-3, atol=1e-3)
+    each = [f.float() for d in stream for f in d.images]
+    torch.testing.assert_close(mean_patches(cached), torch.stack(each).mean(dim=0))
+
+
+def test_a_broken_picture_leaves_its_document_out_of_the_cache(encoder, tmp_path, caplog):
+    bad = {**document(3), "1.png": b"no picture"}
+    shards = write_shards([document(1), bad, document(2)], tmp_path / "shards", "train")
+    with pytest.raises(ValueError, match=r"sample 'd3'.*picture 1: "):
+        cache_features(shards, encoder, tmp_path / "cache", form=DOCUMENTS)
+    kept = cache_features(shards, encoder, tmp_path / "c", on_error="skip", form=DOCUMENTS)
+    stream = ShardStream(kept, read_document, seed=0, shuffle=False)
+    assert [found.key for found in stream] == ["00000-d1", "00000-d2"]
+    assert "sample 'd3'" in caplog.text

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recipes import scenes
+from recipes import cli, scene_documents, scenes
+from recipes.data import split_shards
+from recipes.documents import read_document
 from recipes.scene_captions import Parsed, caption, parse_caption, questions, score
+from recipes.scene_documents import PAIRS_ONLY, document_samples, scene_document, styles
 from recipes.scene_names import CODE_POINTS, GROUND_COLOURS, INVERSE_RELATION
 from recipes.scenes import draw, generate, scene_samples
+from recipes.stream import ShardStream
 
 MANY = 4000
 
@@ -298,3 +302,97 @@ def test_an_unknown_split_or_vendor_is_refused():
 def test_a_missing_picture_says_where_pictures_come_from(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no picture of .*fetch\('emoji'\)"):
         draw(next(generate(1, 0, "train")), tmp_path)
+
+
+# --- documents
+
+
+def _documents(n: int, seed: int, split: str) -> list[tuple[str, list[scenes.Scene]]]:
+    return [scene_document(seed, split, k) for k in range(n)]
+
+
+def test_documents_of_val_show_no_composition_of_train():
+    train = {
+        _composition(scene)
+        for seed in (0, 1)
+        for _, shown in _documents(MANY // 4, seed, "train")
+        for scene in shown
+    } | {_composition(scene) for scene in generate(MANY, 0, "train")}
+    val = {
+        _composition(scene)
+        for seed in (0, 2)
+        for _, shown in _documents(MANY // 4, seed, "val")
+        for scene in shown
+    }
+    assert train.isdisjoint(val)
+
+
+def test_documents_repeat_and_differ():
+    drawn = _documents(40, 7, "train")
+    assert drawn == _documents(40, 7, "train")
+    assert drawn != _documents(40, 8, "train")
+    assert drawn != _documents(40, 7, "val")
+    assert {len(shown) for _, shown in drawn} == {2, 3, 4, 5}
+    assert {style for style, _ in drawn} == set(styles)
+    assert all(len(s.objects) == 2 for style, shown in drawn if style in PAIRS_ONLY for s in shown)
+    counts = {len(s.objects) for style, shown in drawn if style not in PAIRS_ONLY for s in shown}
+    assert counts == {1, 2}
+
+
+def test_a_scene_does_not_depend_on_how_many_come_with_it(monkeypatch: pytest.MonkeyPatch):
+    usual = _documents(20, 3, "train")
+    monkeypatch.setattr(scene_documents, "SCENES", (7, 7))
+    for (style, few), (same, many) in zip(usual, _documents(20, 3, "train"), strict=True):
+        if style == same:
+            assert many[: len(few)] == few
+
+
+def test_what_each_style_says():
+    pair = scenes.Scene((_placed("apple"), _placed("dog")), "to the left of", "green", (0, 0, 0))
+    alone = scenes.Scene((_placed("apple"),), None, "green", (0, 0, 0))
+    assert {name: say(pair) for name, say in styles.items()} == {
+        "caption": "an apple to the left of a dog on a green background",
+        "colour": "colour: green",
+        "objects": "objects: apple, dog",
+        "relation": "the apple is to the left of the dog",
+        "shout": "AN APPLE TO THE LEFT OF A DOG ON A GREEN BACKGROUND!",
+        "ground first": "on a green background there is an apple to the left of a dog",
+    }
+    assert styles["objects"](alone) == "objects: apple"
+    # The same picture reads otherwise in each of them.
+    assert len({say(pair) for say in styles.values()}) == len(styles)
+
+
+def test_documents_carry_the_truth(emoji: Path):
+    samples = list(document_samples(12, 0, "val", emoji))
+    assert samples[:5] == list(document_samples(5, 0, "val", emoji))
+    for k, sample in enumerate(samples):
+        style, shown = scene_document(0, "val", k)
+        meta = sample["json"]
+        assert meta["style"] == style
+        assert meta["parts"][::2] == [{"image": j} for j in range(len(shown))]
+        assert meta["parts"][1::2] == [styles[style](scene) for scene in shown]
+        for j, (scene, truth) in enumerate(zip(shown, meta["scenes"], strict=True)):
+            assert set(score(caption(scene), truth).values()) <= {True, None}
+            assert Image.open(io.BytesIO(sample[f"{j}.jpg"])).size == (224, 224)
+
+
+def test_documents_become_shards_that_are_read_back(
+    emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("recipes.scene_shards.fetch", lambda name: emoji)
+    out = tmp_path / "out"
+    command = ["scenes", str(out), "--documents=true", "--train=7", "--val=3", "--seed=4"]
+    assert cli.main(command) == 0
+    texts = 0
+    for split, shards in zip(("train", "val"), split_shards(str(out), None), strict=True):
+        found = list(ShardStream(shards, read_document, seed=0, shuffle=False))
+        for k, document in enumerate(found):
+            style, shown = scene_document(4, split, k)
+            assert document.meta["style"] == style
+            expected = [part for j, scene in enumerate(shown) for part in (j, styles[style](scene))]
+            assert list(document.parts) == expected
+            texts += len(shown)
+        assert len(found) == {"train": 7, "val": 3}[split]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{texts} pictures with texts in 10 documents" in said

@@ -433,6 +433,43 @@ def test_pickled_members_are_refused_and_never_run(extension, tmp_path):
     assert hit.exists()
 
 
+@pytest.mark.parametrize("extension", ["0.jpg", "7.png", "12.webp", "3.JPEG", "mp4"])
+def test_numbered_pictures_and_videos_are_members(extension, tmp_path):
+    (found,) = stream(write_samples(tmp_path / "x.tar", {extension: b"x"}), set)
+    assert found == {extension.lower(), "__key__", "__shard__", "__seed__"}
+
+
+@pytest.mark.parametrize("extension", ["00.jpg", "-1.jpg", "1.gif", "1.2.jpg", "1.txt", "0.mp4"])
+def test_what_is_nearly_a_numbered_picture_is_refused(extension, tmp_path):
+    shard = write_samples(tmp_path / "x.tar", {"txt": b"x", extension: b"x"})
+    with pytest.raises(SampleError, match=r"has members .*numbered pictures such as 0\.jpg"):
+        list(stream(shard, set))
+    with pytest.raises(ValueError, match=rf"has the member '{extension}'; expected"):
+        write_shards([{"__key__": "a", extension: b"x"}], tmp_path, "train")
+
+
+def test_numbered_pictures_are_written_and_read(tmp_path):
+    members = {"0.jpg": b"a", "10.png": b"b", "mp4": b"c", "txt": "d"}
+    write_shards([{"__key__": "k", **members}], tmp_path, "train")
+    (raw,) = stream(str(tmp_path), dict)
+    assert {name: raw[name] for name in members} == {**members, "txt": b"d"}
+
+
+def test_a_picture_of_several_is_not_taken_for_a_caption_sample(tmp_path):
+    for members in ({"0.png": picture()}, {"mp4": b"x"}):
+        shard = write_samples(tmp_path / "x.tar", {"txt": b"x", **members})
+        with pytest.raises(SampleError, match=r"no picture; .*data\.task: video reads mp4"):
+            list(stream(shard, decode_caption_sample))
+
+
+def test_features_of_several_pictures_are_not_taken_for_one(tmp_path):
+    shard = write_samples(
+        tmp_path / "x.tar", {"txt": b"x", "npy": array_bytes(np.zeros((2, 3, 4)))}
+    )
+    with pytest.raises(SampleError, match=r"npy of shape \(2, 3, 4\); expected 2 axes"):
+        list(stream(shard, decode_caption_sample))
+
+
 def test_a_pickle_inside_npy_is_never_run(tmp_path):
     hit = tmp_path / "hit"
     array = np.empty(1, object)

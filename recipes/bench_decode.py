@@ -1,0 +1,205 @@
+"""The workloads of `bridges bench decode`: an LM with gated cross-attention writes, greedily."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bridges.condition import Condition, image_index
+from bridges.contract import LayerInsert
+from bridges.hooks import DecoderHooks
+from gated_xattn import GatedCrossAttention
+from gated_xattn.reading import read_masked
+from recipes.workload import Side, Workload
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """An LM of SmolLM2-135M's shape, its gated blocks, and what is to be written.
+
+    Attributes:
+        width: of the LM.
+        ff_dim: inner width of the LM's feed-forward.
+        layers: of the LM.
+        heads: of the LM's attention.
+        kv_heads: of the LM's keys and values.
+        vocab: rows of the embedding.
+        every: a gated block before every n-th LM block.
+        ff_mult: a gated feed-forward is this many times wider than the LM.
+        images: in the prompt of each sample.
+        latents: tokens of an image.
+        batch: samples.
+        prompt: tokens of a prompt.
+        new_tokens: written after it.
+    """
+
+    width: int = 576
+    ff_dim: int = 1536
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    vocab: int = 49152
+    every: int = 4
+    ff_mult: float = 4.0
+    images: int = 1
+    latents: int = 64
+    batch: int = 1
+    prompt: int = 32
+    new_tokens: int = 32
+
+
+REPROJECTED = {
+    f"{name}-every{every}": replace(sizes, every=every)
+    for every in (4, 1)
+    for name, sizes in {
+        "1-image": Sizes(),
+        "5-images": Sizes(images=5),
+        "5-images-b8": Sizes(images=5, batch=8, new_tokens=16),
+    }.items()
+}
+"""Beside the same blocks where the images are projected again at every token."""
+
+BARE = {
+    # The gated feed-forward of the shipped `gated_xattn_small`, and Flamingo's.
+    "smollm2-135m-every4": Sizes(ff_mult=1.0, new_tokens=64),
+    "smollm2-135m-every4-ff4": Sizes(new_tokens=64),
+}
+"""Beside the LM without gated blocks."""
+
+
+class Reprojecting(GatedCrossAttention):
+    """The same block as others decode with it: every call projects all images, under a mask."""
+
+    def read(self, hidden: Tensor, condition: Condition) -> Tensor:
+        return read_masked(self.attn, self.attn_norm, hidden, condition, self.visible)
+
+
+class Writer:
+    """An LM with gated blocks, and the prompts that it continues.
+
+    Args:
+        sizes: of everything.
+        device: where it computes.
+        block: the class of the gated blocks.
+        gate: α and β of the blocks.
+        keep: whether what was projected of the images is kept for the next token.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        device: torch.device,
+        block: type[GatedCrossAttention] = GatedCrossAttention,
+        *,
+        gate: float = 0.5,
+        keep: bool = True,
+    ) -> None:
+        self.sizes, self.keep = sizes, keep
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same weights on both sides
+            self.lm = _language_model(sizes).to(device)
+            ids = torch.randint(0, sizes.vocab, (sizes.batch, sizes.prompt))
+            shape = (sizes.batch, sizes.images, sizes.latents, sizes.width)
+            self.memory = torch.randn(shape).to(device)
+            layers = range(0, sizes.layers, sizes.every)
+            ff_dim = int(sizes.ff_mult * sizes.width)
+            self.blocks = nn.ModuleList(
+                block(sizes.width, sizes.width, ff_dim=ff_dim, gate_init=gate) for _ in layers
+            ).to(device)
+        places = torch.arange(sizes.images) * (sizes.prompt // sizes.images)
+        placeholders = torch.zeros(ids.shape, dtype=torch.bool)
+        placeholders[:, places] = True
+        self.placeholders = placeholders.to(device)
+        self.embeddings = self.lm.get_input_embeddings()(ids.to(device)).detach()
+        inserts = [
+            LayerInsert(layer, "layer_input", inserted)
+            for layer, inserted in zip(layers, self.blocks, strict=True)
+            if isinstance(inserted, GatedCrossAttention)
+        ]
+        self.hooks = DecoderHooks(self.lm, inserts, sizes.layers)
+
+    @torch.no_grad()
+    def write(self, **options: Any) -> Any:
+        """One greedy generation, with HF's ``generate``."""
+        images = torch.ones(self.memory.shape[:2], dtype=torch.bool, device=self.memory.device)
+        index = image_index(self.placeholders, 1)
+        self.hooks.condition = Condition(self.memory, images, index, keep_projections=self.keep)
+        try:
+            return self.lm.generate(
+                inputs_embeds=self.embeddings,
+                attention_mask=torch.ones_like(index),
+                max_new_tokens=self.sizes.new_tokens,
+                min_new_tokens=self.sizes.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+        finally:
+            self.hooks.condition = None
+
+
+def decode_workloads(
+    device: torch.device,
+    reprojected: Mapping[str, Sizes] = REPROJECTED,
+    bare: Mapping[str, Sizes] = BARE,
+) -> dict[str, Callable[[], Workload]]:
+    """All workloads on a device, by name."""
+    ways = {name: partial(_beside_reprojected, name, s, device) for name, s in reprojected.items()}
+    return ways | {name: partial(_beside_bare, name, s, device) for name, s in bare.items()}
+
+
+def _beside_reprojected(name: str, sizes: Sizes, device: torch.device) -> Workload:
+    ours = Writer(sizes, device)
+    return _workload(name, ours, Writer(sizes, device, Reprojecting, keep=False))
+
+
+def _beside_bare(name: str, sizes: Sizes, device: torch.device) -> Workload:
+    # Behind closed gates the blocks compute all the same, and change nothing: so outputs are equal.
+    ours, reference = Writer(sizes, device, gate=0.0), Writer(sizes, device, gate=0.0)
+    reference.hooks.remove()
+    return _workload(name, ours, reference)
+
+
+def _workload(name: str, ours: Writer, reference: Writer) -> Workload:
+    def checks(_: Mapping[str, int]) -> dict[str, float]:
+        written, expected = (
+            side.write(return_dict_in_generate=True, output_logits=True)
+            for side in (ours, reference)
+        )
+        found, wanted = (_losses(side) for side in (written, expected))
+        logits = (torch.stack(side.logits) for side in (written, expected))
+        return {
+            "max_abs_loss_diff": float((found - wanted).abs().max()),
+            "max_rel_grad_diff": 0.0,
+            "max_abs_logit_diff": float(torch.sub(*logits).abs().max()),
+            "equal_tokens": float((written.sequences == expected.sequences).float().mean()),
+        }
+
+    shapes = asdict(ours.sizes) | {"gradients": "none: nothing is trained here"}
+    one, other = (Side(side.write, lambda: None) for side in (ours, reference))
+    return Workload(name, shapes, "fp32", one, other, checks)
+
+
+def _losses(written: Any) -> Tensor:
+    """Of the tokens that were written: (b, t)."""
+    logits = torch.stack(written.logits, dim=1).float()
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), written.sequences.flatten(), reduction="none"
+    )
+
+
+def _language_model(sizes: Sizes) -> Any:
+    config = LlamaConfig(
+        hidden_size=sizes.width,
+        intermediate_size=sizes.ff_dim,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vocab_size=sizes.vocab,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
