@@ -35,7 +35,8 @@ class Shot:
 class FewShotPrompts:
     """Demonstrations ``<image>{prefix}{answer}<end of chunk>`` …, then ``<image>{prefix}``.
 
-    Made by `of`. Questions and answers are data: special tokens in them are spelt out.
+    Made by `of`. Questions and answers are data: special tokens in them are spelt out. BOS at the
+    start of the prefix begins the whole once, as in a document, and no demonstration.
 
     Attributes:
         encode: of the model.
@@ -43,7 +44,7 @@ class FewShotPrompts:
         literal: whether the answer follows as it is; else as a caption in training, with a space
             after text.
         bos: begin as a document in training does, see `PromptEncoder.bos`; else as a pair does,
-            with BOS only if the tokenizer puts one by itself.
+            with BOS only if the tokenizer puts one by itself or the prefix has it.
 
     Source: Flamingo (arXiv 2204.14198) appendix A.2; the templates are OpenFlamingo's
         (arXiv 2308.01390).
@@ -106,12 +107,17 @@ class FewShotPrompts:
             images: whether the demonstrations have their images. Without them they are the
                 text-only ones of a "0-shot" prompt; the query always has its own.
         """
-        prefix = self.prefix if images else self.prefix.replace(self.encode.image_token, "")
-        ids = self.encode.bos() if self.bos else self._put()
-        ids = [] if self._holds_bos(self.prefix) else ids
+        own = self.prefix.removeprefix(self._begin())
+        prefix = own if images else own.replace(self.encode.image_token, "")
+        if own != self.prefix:
+            ids = self.encode.bos()
+        elif self._holds_bos(own):  # elsewhere: BLIP-2 has it after each image
+            ids = []
+        else:
+            ids = self.encode.bos() if self.bos else self._put()
         for shot in shots:
             ids = ids + self._head(prefix, shot.question) + self.answer(shot.answer, prefix)
-        return ids + self._head(self.prefix, question)
+        return ids + self._head(own, question)
 
     def answer(self, text: str, prefix: str | None = None, *, end: bool = True) -> list[int]:
         """Token ids of an answer.
@@ -137,6 +143,10 @@ class FewShotPrompts:
             put = [] if self._holds_bos(prefix) else self._put()
             self._known[prefix, asked] = ids[len(put) :]
         return self._known[prefix, asked]
+
+    def _begin(self) -> str:
+        """Text of what a document begins with."""
+        return "".join(self.encode.tokenizer.convert_ids_to_tokens(self.encode.bos()))
 
     def _put(self) -> list[int]:
         """What the tokenizer puts before ordinary text by itself."""

@@ -1,6 +1,7 @@
 """The reader that speaks to the LM through gated cross-attention."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from bridges.contract import (
     VisionFeatures,
     VisionShape,
 )
+from bridges.language import LanguageModel
 from gated_xattn.layers import GatedCrossAttention
 
 
@@ -42,6 +44,7 @@ class GatedXAttn(Bridge):
         norm: see `GatedCrossAttention`.
         feed_forward: see `GatedCrossAttention`; the paper's is ``squared_relu``.
         qk_norm: see `GatedCrossAttention`.
+        norm_eps: see `GatedCrossAttention`.
         gate: see `GatedCrossAttention`.
         gate_init: see `GatedCrossAttention`.
         gate_std: see `GatedCrossAttention`.
@@ -77,6 +80,7 @@ class GatedXAttn(Bridge):
         norm: Literal["layer", "rms"] = "layer",
         feed_forward: Literal["gelu", "squared_relu", "swiglu"] = "gelu",
         qk_norm: bool = False,
+        norm_eps: float = 1e-5,
         gate: Literal["scalar", "channel", "none"] = "scalar",
         gate_init: float = 0.0,
         gate_std: float = 0.0,
@@ -114,6 +118,7 @@ class GatedXAttn(Bridge):
                 norm=norm,
                 feed_forward=feed_forward,
                 qk_norm=qk_norm,
+                norm_eps=norm_eps,
                 gate=gate,
                 gate_init=gate_init,
                 gate_std=gate_std,
@@ -130,6 +135,19 @@ class GatedXAttn(Bridge):
             drawn = torch.rand(memory.shape[0], device=memory.device)
             next_image = drawn < self.next_image_probability
         return BridgeOutput(marker, memory, next_image=next_image)
+
+    def load_pretrained(self, path: str | Path, lm: LanguageModel) -> None:
+        """Takes an OpenFlamingo ``.pt`` or an HF Idefics folder, else what the resampler knows.
+
+        See `gated_xattn.official.load_bridge`.
+        """
+        from gated_xattn.official import load_bridge
+        from gated_xattn.official_files import is_flamingo
+
+        if is_flamingo(path):
+            load_bridge(path, self, lm)
+        else:
+            super().load_pretrained(path, lm)
 
     def inserts(self) -> Sequence[LayerInsert]:
         return [

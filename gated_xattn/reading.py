@@ -69,9 +69,7 @@ def grouping_is_faster(hidden: Tensor, images: int, tokens: int) -> bool:
 
 def one_image(condition: Condition, visible: Visible) -> bool:
     """Whether no row of this call reads more than one image."""
-    if condition.image_mask.shape[1] == 1:
-        return True
-    return visible == "latest" and condition.keep_projections and condition.past_prompt
+    return condition.image_mask.shape[1] == 1 or (visible == "latest" and condition.past_prompt)
 
 
 def read_one(
@@ -122,9 +120,12 @@ def read_masked(
     """Every position is scored against every image, and a mask hides those it may not read."""
     batch, images = condition.image_mask.shape
 
-    def make_mask() -> Tensor:
+    def make_mask() -> Tensor | None:
         tokens = condition.images().shape[2]
         seen = condition.visible_images(hidden, visible)
+        # A generation asks once and saves the masking of every step; training does not wait.
+        if condition.keep_projections and condition.past_prompt and bool(seen.all()):
+            return None
         return seen.repeat_interleave(tokens, dim=-1)[:, None]
 
     def make_kv() -> tuple[Tensor, ...]:
@@ -201,8 +202,7 @@ def _one_image(condition: Condition, hidden: Tensor) -> tuple[Tensor | None, Ten
     """
     batch, images = condition.image_mask.shape
     place = condition.image_place(hidden)
-    # A generation asks once and saves the masking of every step; training does not wait.
-    blind = place[..., None] < 0
+    blind = place[..., None] < 0  # as above: asked once a generation
     blind = None if condition.keep_projections and not bool(blind.any()) else blind
     if images == 1 and len(place) == batch:
         return None, blind

@@ -1,5 +1,6 @@
 """Flamingo's Perceiver Resampler."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -196,6 +197,15 @@ class PerceiverResampler(Resampler):
             real = real & vision.frame_mask
         tokens = self._resample(patches, rearrange(real, "b i f -> (b i) f"))
         return rearrange(tokens, "(b i) n d -> b i n d", b=len(vision.image_mask))
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Takes the weights of an OpenFlamingo ``.pt`` or of an HF ``Idefics…`` folder.
+
+        See `perceiver.official.load_resampler`.
+        """
+        from perceiver.official import load_resampler
+
+        load_resampler(path, self)
 
     def _resample(self, patches: Tensor, real: Tensor) -> Tensor:
         """Only what has a real frame is computed; the rest gets zeros.

@@ -1,9 +1,6 @@
 """Our models as HF folders that `from_pretrained` loads: BLIP-2, InstructBLIP and retrieval."""
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bridges.model import VisionLanguageModel
+from bridges.official import rename, staged_folder
 from bridges.vision import VisionEncoder
 from qformer.hf_limits import check_encoder, check_lm, check_norm, check_prompt, soft_prefix
-from qformer.key_maps import HF_LEAVES_OUT, Form, key_map, rename
+from qformer.key_maps import HF_LEAVES_OUT, Form, key_map
 from qformer.official import sizes_of
 from qformer.resampler import QFormer
 from qformer.stage1 import Stage1
@@ -79,7 +77,7 @@ def export_blip2(model: VisionLanguageModel, folder: str | Path) -> None:
     with torch.device("meta"):
         theirs = model_class(config_class(**sub))
     theirs.load_state_dict(_their_names(ours, form, len(qformer.layers)), assign=True)
-    with _staged_folder(Path(folder)) as staged:
+    with staged_folder(Path(folder)) as staged:
         theirs.save_pretrained(staged)
         _save_processor(model, qformer, staged)
 
@@ -116,7 +114,7 @@ def export_retrieval(vision: VisionEncoder, stage1: Stage1, folder: str | Path) 
     with torch.device("meta"):
         theirs: Any = hf.Blip2ForImageTextRetrieval(config)
     theirs.load_state_dict(_their_names(ours, "blip2", len(qformer.layers)), assign=True)
-    with _staged_folder(Path(folder)) as staged:
+    with staged_folder(Path(folder)) as staged:
         theirs.save_pretrained(staged)
         if (processor := _image_processor(vision)) is not None:
             processor.save_pretrained(staged)
@@ -202,18 +200,3 @@ def _save_processor(model: VisionLanguageModel, qformer: QFormer, folder: Path) 
     else:
         both = (tokenizer, deepcopy(qformer.tokenizer))
         hf.InstructBlipProcessor(image, *both, **numbers).save_pretrained(folder)
-
-
-@contextmanager
-def _staged_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write to, renamed to it when nothing went wrong."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"found files at {target}; expected a new folder: give another one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,6 @@ A row names a parameter, or a module whose parameters keep their names. Our side
 the state dicts of transformers.
 """
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Form = Literal["lavis", "blip2", "instructblip"]
@@ -153,11 +152,3 @@ def key_map(form: Form, depth: int, vision_depth: int = 0) -> list[tuple[str, st
             for ours, theirs in VISION_BLOCK
         ]
     return pairs
-
-
-def rename(key: str, pairs: Iterable[tuple[str, str]]) -> str | None:
-    """A key by pairs of (old, new) names; None when no row fits."""
-    for old, new in pairs:
-        if key == old or key.startswith(f"{old}."):
-            return new + key.removeprefix(old)
-    return None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qformer.key_maps import NEVER_TAKEN, Form, key_map, rename
+from bridges.official import rename, some, take
+from qformer.key_maps import NEVER_TAKEN, Form, key_map
 from qformer.layers import QFormerLayer
 from qformer.official_files import left_out, read_folder, read_pth
 from qformer.resampler import QFormer
@@ -104,7 +105,7 @@ def read_official(path: str | Path, *, frozen: bool = False) -> OfficialCheckpoi
             state[ours] = tensor
     if unknown:
         raise ValueError(
-            f"found {_some(unknown)} in {path}, which no BLIP-2 or InstructBLIP has; expected the "
+            f"found {some(unknown)} in {path}, which no BLIP-2 or InstructBLIP has; expected the "
             "names in qformer.key_maps: give an official checkpoint, or remove these keys"
         )
     if "qformer.queries" in state:
@@ -140,39 +141,6 @@ def load_resampler(path: str | Path, qformer: QFormer) -> dict[str, str]:
     check_sizes(official, qformer)
     take(qformer, found, official.path)
     return left
-
-
-@torch.no_grad()
-def take(
-    module: nn.Module, found: Mapping[str, Tensor], where: Path, fresh: list[str] | None = None
-) -> None:
-    """Copies weights into a module when every one of both sides fits.
-
-    Args:
-        module: what to fill.
-        found: weights by its names.
-        where: for the message.
-        fresh: names of the module's weights that need not be there.
-
-    Raises:
-        ValueError: naming what is missing, left over or of another shape; nothing is changed.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - found.keys() - set(fresh or []))
-    over = sorted(found.keys() - own.keys())
-    wrong = [
-        f"{name} {tuple(found[name].shape)} for {tuple(own[name].shape)}"
-        for name in own.keys() & found.keys()
-        if own[name].shape != found[name].shape
-    ]
-    parts = (("no", missing), ("leftover", over), ("mis-shaped", sorted(wrong)))
-    if problems := [f"{what} {_some(names)}" for what, names in parts if names]:
-        raise ValueError(
-            f"found {'; '.join(problems)} in {where}; expected every weight of "
-            f"{type(module).__name__} and no other: build it with the sizes of the checkpoint"
-        )
-    for name, tensor in found.items():
-        own[name].copy_(tensor)
 
 
 def _count(keys: Iterable[str], before: str) -> int:
@@ -252,8 +220,3 @@ def sizes_of(qformer: QFormer) -> QFormerSizes:
     layer = qformer.layers[0]
     assert isinstance(layer, QFormerLayer)
     return _sizes(qformer.state_dict(), layer.self_attention.num_heads, Path("this Q-Former"))
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,13 +1,12 @@
 """Reading the files of official checkpoints: weights by their official names, nothing executed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from bridges.official import read_pickle, read_safetensors
 from qformer.key_maps import Form
 
 LM = {
@@ -28,25 +27,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: nothing there, more than weights in it, or an LM head that is not tied.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"found nothing at {path}; expected a LAVIS .pth file or a Hugging Face folder"
-        )
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    # A file that is no state dict may raise nearly anything: refused classes, a broken archive.
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"found {path}, which holds more than weights or is damaged ({reason}); expected a "
-            "state dict as LAVIS saves it. It was not run: fetch it again, or from its source"
-        ) from error
-    state = raw.get("model", raw) if isinstance(raw, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(
-            f"found a {type(raw).__name__} that is no state dict in {path}; expected tensors by "
-            'name, or {"model": tensors by name}'
-        )
+    expected = "a LAVIS .pth file or a Hugging Face folder"
+    state = read_pickle(path, inside="model", expected=expected)
     tied, base = "Qformer.cls.predictions", "Qformer.bert.embeddings.word_embeddings.weight"
     weight = state.get(f"{tied}.decoder.weight")
     if weight is not None and not (base in state and torch.equal(weight, state[base])):
@@ -67,25 +49,7 @@ def read_folder(path: Path, frozen: bool) -> tuple[Form, Any, dict[str, Tensor],
     """
     config = read_config(path)
     form: Form = "blip2" if config.model_type == "blip-2" else "instructblip"
-    index = path / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    state: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    for name in sorted(names):
-        file = path / Path(name).name  # an index may not point out of its folder
-        if not file.is_file():
-            raise ValueError(
-                f"found no {file.name} in {path}; expected a whole checkpoint in safetensors: "
-                "fetch it, or convert with from_pretrained(…).save_pretrained(…)"
-            )
-        with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118, it is no dict
-                if (reason := left_out(key, frozen)) is None:
-                    state[key] = weights.get_tensor(key)
-                else:  # an LM of many gigabytes stays on the disk
-                    left[key] = reason
+    state, left = read_safetensors(path, lambda key: left_out(key, frozen))
     return form, config, state, left
 
 

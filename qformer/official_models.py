@@ -9,12 +9,13 @@ from torch import Tensor
 from bridges.contract import VisionShape
 from bridges.language import LanguageModel, add_image_token
 from bridges.model import VisionLanguageModel
+from bridges.official import take
 from bridges.precision import Precision, resolve_dtype
 from bridges.prompts import QUESTION
 from bridges.soft_prefix import SoftPrefix
 from bridges.vision import HFPreprocess, Preprocess, VisionEncoder
 from qformer.key_maps import HF_LEAVES_OUT, NEVER_TAKEN
-from qformer.official import OfficialCheckpoint, check_sizes, read_official, take
+from qformer.official import OfficialCheckpoint, check_sizes, read_official
 from qformer.official_files import read_config
 from qformer.resampler import QFormer
 from qformer.stage1 import Stage1

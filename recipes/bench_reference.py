@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from qformer.key_maps import key_map, rename
+from bridges.official import rename
+from qformer.key_maps import key_map
 
 Kernel = Literal["eager", "sdpa"]
 

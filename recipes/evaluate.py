@@ -114,6 +114,12 @@ def scene_accuracy(written: Sequence[str], held_out: HeldOut) -> dict[str, float
     }
 
 
+def autocast(model: VisionLanguageModel) -> torch.autocast:
+    """The precision of training: a bf16 LM beside an fp32 bridge computes in bf16."""
+    low = model.lm.dtype != torch.float32
+    return torch.autocast(model.lm.device.type, model.lm.dtype if low else None, enabled=low)
+
+
 def _share(values: Sequence[bool | None]) -> float | None:
     return sum(map(bool, values)) / len(values) if values else None
 
@@ -122,12 +128,6 @@ def _features(held_out: HeldOut, rows: Sequence[int]) -> VisionFeatures:
     patches = held_out.features[list(rows)][:, None]
     mask = torch.ones(patches.shape[:2], dtype=torch.bool)
     return VisionFeatures(patches, mask, held_out.grid)
-
-
-def autocast(model: VisionLanguageModel) -> torch.autocast:
-    """The precision of training: a bf16 LM beside an fp32 bridge computes in bf16."""
-    low = model.lm.dtype != torch.float32
-    return torch.autocast(model.lm.device.type, model.lm.dtype if low else None, enabled=low)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -3,7 +3,7 @@
 import base64
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,37 @@ def thumbnails(shards: Sequence[Path], wanted: Mapping[str, int], side: int) -> 
         wanted: names, and what the URIs are called by.
         side: pixels of the longer side.
     """
+    return {
+        wanted[name]: thumbnail(open_image(raw[image_extension(raw)]), side)
+        for name, raw in with_pictures(shards, wanted)
+    }
+
+
+def with_pictures(
+    shards: Sequence[Path], names: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Raw samples of some names, once each; none where the shards hold features only."""
     if any(is_cached(shard) for shard in shards):
-        return {}
-    found: dict[int, str] = {}
+        return
+    missing = set(names)
     for raw in ShardStream(list(shards), dict, seed=0, shuffle=False, on_error="skip").iterate():
-        row = wanted.get(name_of(raw, shards))
-        if row is not None and row not in found:
-            picture = open_image(raw[image_extension(raw)])
-            picture.thumbnail((side, side))
-            found[row] = uri(picture)
-    return found
+        if not missing:
+            return
+        name = name_of(raw, shards)
+        if name in missing:
+            missing.remove(name)
+            yield name, raw
+
+
+def thumbnail(image: Image.Image, side: int) -> str:
+    """A picture as data URI, made small in place.
+
+    Args:
+        image: RGB.
+        side: pixels of the longer side.
+    """
+    image.thumbnail((side, side))
+    return uri(image)
 
 
 def uri(image: Image.Image) -> str:

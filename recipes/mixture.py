@@ -200,6 +200,15 @@ class MixtureData(L.LightningDataModule):
         loaders = [self.sources[name].val_dataloader() for name in self.held_out]
         return [loader for loader in loaders if isinstance(loader, DataLoader)]
 
+    def teardown(self, stage: str) -> None:
+        """Ends the workers of all sources: left to the garbage, each would take seconds."""
+        for batches in self.endless.values():
+            batches.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Likewise."""
+        self.teardown("fit")
+
     @property
     def held_out(self) -> list[str]:
         """Names of the sources with held-out shards."""

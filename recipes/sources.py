@@ -57,7 +57,12 @@ class EndlessBatches:
     def go_to(self, done: int) -> None:
         """Continues after so many batches, without a new start where it is there already."""
         if done != self.done:
-            self.done, self._epoch = done, None
+            self.done = done
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers, if there are any; the next batch begins them anew."""
+        self._epoch = None
 
     def __next__(self) -> Batch:
         epoch, place = divmod(self.done, self.source.batches_per_epoch())

@@ -183,13 +183,14 @@ def test_what_needs_no_weights_is_made_once_a_call_and_once_past_the_prompt():
             assert made == len(calls)
 
     for call, expected in (
-        ((0, 2), 1),  # a part of the prompt
-        ((2, 1), 2),  # its last column, which sees what all later ones see
-        ((3, 1), 2),
-        ((4, 1), 2),
-        ((5, 2), 3),
-        ((7, 2, 3), 4),
-        ((0, 2), 5),
+        ((0, 1), 1),  # a part of the prompt
+        ((1, 1), 2),
+        ((2, 1), 3),  # its last column, which sees what all later ones see
+        ((3, 1), 3),
+        ((4, 1), 3),
+        ((5, 2), 4),
+        ((7, 2, 3), 5),
+        ((0, 2), 6),
     ):
         layers(*call)
         assert len(calls) == expected

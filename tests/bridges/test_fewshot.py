@@ -110,6 +110,44 @@ def test_a_prompt_that_sets_bos_itself_gets_no_other(encoder):
             assert text_only[0] == bos
 
 
+@pytest.mark.parametrize("end", [None, "<|endofchunk|>"])
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_prompt_that_begins_with_bos_makes_documents(encoder, by_itself: bool, end: str | None):
+    """So pairs look like documents: BOS is where the whole begins, and before no demonstration."""
+    model = model_of(encoder, "<s><image>", bos=by_itself, end_of_chunk=end)
+    encode, bos = model.prompt_encoder(), model.lm.tokenizer.bos_token_id
+    pair = encode.bos() + encode.document([None, "a cat", END_OF_CHUNK])[0]
+    assert encode(["<s><image>"], ["a cat"]).input_ids[0].tolist() == pair
+    for begins in (True, False):
+        prompts = FewShotPrompts.of(model, bos=begins)
+        assert prompts.template == "<s><image>"
+        assert prompts([]) + prompts.answer("a cat") == pair
+        assert prompts(SHOTS[:1])[: len(pair)] == pair
+        parts = [None, "a cat", END_OF_CHUNK, None, "a dog", END_OF_CHUNK, None]
+        assert prompts(SHOTS) == encode.bos() + encode.document(parts)[0]
+        assert prompts(SHOTS).count(bos) == 1
+        parts = ["a cat", END_OF_CHUNK, "a dog", END_OF_CHUNK, None]
+        assert prompts(SHOTS, images=False) == encode.bos() + encode.document(parts)[0]
+    # Text beside the image stands in every demonstration, a BOS elsewhere too.
+    stop = end or "</s>"
+    for prompt, each in {
+        "<s>See <image>:": f"See {IMAGE}: ",
+        "<s><image><s>": f"{IMAGE}<s>",
+    }.items():
+        prompts = FewShotPrompts.of(model_of(encoder, prompt, bos=by_itself, end_of_chunk=end))
+        expected = f"<s>{each}a cat{stop}{each}a dog{stop}{each.rstrip()}"
+        assert words(model, prompts(SHOTS)) == expected
+
+
+def test_a_prompt_may_begin_with_what_stands_for_bos(encoder):
+    """Where a tokenizer has no BOS, documents begin with EOS."""
+    model = model_of(encoder, "</s><image>")
+    model.lm.tokenizer.bos_token = None
+    assert words(model, FewShotPrompts.of(model)(SHOTS)) == (
+        f"</s>{IMAGE}a cat</s>{IMAGE}a dog</s>{IMAGE}"
+    )
+
+
 def test_long_answers_are_cut_as_in_training(encoder):
     model = model_of(encoder)
     prompts = FewShotPrompts.of(model, max_answer=4)

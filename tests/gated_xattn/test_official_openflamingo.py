@@ -14,12 +14,21 @@ import transformers as hf
 from tiny_openflamingo import END, IMAGE, Flamingo
 from torch import Tensor
 
-from bridges import LanguageModel, Projector, VisionFeatures, VisionLanguageModel
+from bridges import (
+    LanguageModel,
+    LanguageSource,
+    Projector,
+    VisionFeatures,
+    VisionLanguageModel,
+    VisionSource,
+    bridge_factory,
+)
 from bridges.sites import SITES, DecoderSites
 from gated_xattn import GatedXAttn
 from gated_xattn.official import load_openflamingo
 from gated_xattn.official_files import is_flamingo
 from perceiver import PerceiverResampler
+from recipes.module import CaptionModule
 
 KNOWN = len(tiny.make_tokenizer(image_token=False))
 """Tokens of the LM itself; OpenFlamingo's come behind them."""
@@ -298,12 +307,37 @@ def test_embeddings_of_time(tmp_path):
 
 
 def test_a_run_may_start_from_it(tmp_path):
+    """By `model.init_from` of a YAML; the rows of new tokens come along."""
     theirs = flamingo()
-    expected, model = ours(theirs), ours(theirs)
     path = saved(tmp_path, theirs.checkpoint())
+    expected = ours(theirs)
     load_openflamingo(path, expected)
-    model.bridge.load_pretrained(path, model.lm)
-    assert same_bridge(model, expected)
+    tiny.vision_model().save_pretrained(tmp_path / "clip")
+    hf.CLIPImageProcessor(
+        size={"shortest_edge": tiny.IMAGE_SIZE}, crop_size=tiny.IMAGE_SIZE
+    ).save_pretrained(tmp_path / "clip")
+    bare_lm(theirs).save_pretrained(tmp_path / "lm")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "lm")
+    sizes = {"num_latents": 3, "depth": 2, "num_heads": 2}
+    perceiver = {"class_path": "perceiver.PerceiverResampler", "init_args": sizes}
+    settings = {"resampler": perceiver, "every": 2, "first": 1, "num_heads": 2}
+    module = CaptionModule(
+        VisionSource(str(tmp_path / "clip"), dtype="fp32"),
+        LanguageSource(str(tmp_path / "lm"), dtype="fp32", end_of_chunk=END),
+        bridge_factory({"class_path": "gated_xattn.GatedXAttn", "init_args": settings}),
+        init_from=str(path),
+    )
+    module.initialise()
+    assert same_bridge(module.vlm, expected)
+
+
+def test_what_is_no_flamingo_goes_to_the_resampler(tmp_path):
+    model = ours(flamingo(), resampler=partial(Projector, layers=2))
+    torch.save({"Qformer.bert.x": torch.zeros(1)}, tmp_path / "lavis.pth")
+    for path in (tmp_path / "lavis.pth", tmp_path, tmp_path / "nothing"):
+        assert not is_flamingo(path)
+        with pytest.raises(ValueError, match="Projector, which has no form of them"):
+            model.bridge.load_pretrained(path, model.lm)
 
 
 # --- what does not fit

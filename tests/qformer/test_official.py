@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bridges import VisionShape
+from bridges.official import rename
 from qformer import QFormer
-from qformer.key_maps import HF_LEAVES_OUT, key_map, rename
+from qformer.key_maps import HF_LEAVES_OUT, key_map
 from qformer.objectives import similarity
 from qformer.official import load_resampler, read_official
 from qformer.official_models import load_blip2, load_official_stage1, load_vision

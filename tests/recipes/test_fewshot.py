@@ -19,12 +19,14 @@ from PIL import Image
 import bridges
 from bridges import VisionLanguageModel
 from bridges.fewshot import FewShotPrompts
+from bridges.images import open_image
 from bridges.loss import IGNORE
 from bridges.prompts import CAPTION_INSTRUCTION, END_OF_CHUNK, encode_instruction
 from recipes import cli, fewshot_curve
 from recipes.fewshot_pool import Pool
 from recipes.fewshot_runner import Prompt, Runner, exchanged
 from recipes.fewshot_tasks import Answers, Captions, Classes, Likelihood, Outcome
+from recipes.gallery import thumbnail
 from recipes.shard_writer import write_shards
 from recipes.train import train
 
@@ -493,10 +495,27 @@ def test_documents_are_asked_after_ever_more_of_them(run, pages, tmp_path, capsy
     html = (tmp_path / "fewshot_documents.html").read_text()
     assert html.count("data:image/jpeg;base64,") == 3 * 4
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
+    # The last text with the last two pictures, and with another document's in the last place.
+    exchange = result["exchange"]
+    assert (exchange["images"], exchange["documents"]) == (2, 4)
+    assert exchange["loss"]["right"][1] == pytest.approx(
+        result["shots"]["1"]["document"]["nll"]["mean"], rel=1e-4
+    )
+    assert exchange["gap"]["image 2"]["text 1"] == {"mean": 0, "se": 0}
+    assert exchange["largest_change_before"] == 0
+    assert "image 2 exchanged" in html
+    assert "image 2 exchanged" in capsys.readouterr().out
+
+
+def test_one_picture_is_not_exchanged_one_at_a_time(run, pages, tmp_path):
+    out = ["--out", tmp_path, "--task=documents", "--shots=0"]
+    assert call("--run", run, "--data", pages, *out) == 0
+    assert "exchange" not in result_of(tmp_path, "documents")
+    assert "One picture exchanged" not in (tmp_path / "fewshot_documents.html").read_text()
 
 
 def test_cached_documents_give_the_same(run, pages, tmp_path):
-    common = ["--run", run, "--data", pages, "--task=documents", "--shots=0,2"]
+    common = ["--run", run, "--data", pages, "--task=documents", "--shots=0,1"]
     cache = f"--feature_cache={tmp_path / 'cache'}"
     for name, more in {"now": [], "cached": [cache]}.items():
         assert call(*common, "--out", tmp_path / name, *more) == 0
@@ -506,6 +525,28 @@ def test_cached_documents_give_the_same(run, pages, tmp_path):
         for metric, value in found["document"].items():
             again = cached["shots"][shots]["document"][metric]["mean"]
             assert again == pytest.approx(value["mean"], abs=2e-3)
+    # The pictures are shown too: those of the last two texts of each, in their order.
+    documents = [page(i, 3) for i in (0, 1, 3, 4)]
+    expected = [
+        thumbnail(open_image(document[f"{k}.png"]), fewshot_curve.SIDE)
+        for document in documents
+        for k in (2, 1)  # the query first
+    ]
+    for name in ("now", "cached"):
+        html = (tmp_path / name / "fewshot_documents.html").read_text()
+        assert re.findall(r'src="(data:image/jpeg[^"]+)"', html) == expected
+        assert 'class="none"' not in html
+
+
+def test_features_without_their_pictures_have_no_thumbnails(run, pages, tmp_path):
+    cache = ["--run", run, "--data", pages, "--task=documents", "--shots=0,1"]
+    assert call(*cache, f"--feature_cache={tmp_path}", "--out", tmp_path) == 0
+    (features,) = tmp_path.glob("*/features-*.tar")
+    out = ["--held_out", features, "--out", tmp_path / "alone"]
+    assert call("--run", run, "--data", pages, "--task=documents", "--shots=0,1", *out) == 0
+    html = (tmp_path / "alone" / "fewshot_documents.html").read_text()
+    assert 'class="none"' in html
+    assert "data:image" not in html
 
 
 def test_documents_longer_than_the_context_are_left_out(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -255,6 +256,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, mixing, wor
     def trained(run: Path, steps: int, *more: str) -> list[dict[str, Any]]:
         more = (*more, f"--trainer.max_steps={steps}", f"--model.out={run}.pt")
         train(mix.arguments(folder, run, *options, *more))
+        assert not multiprocessing.active_children()
         return found(run)["seen"]
 
     whole = trained(tmp_path / "whole", 7)

@@ -309,7 +309,11 @@ def test_weights_to_start_from_that_do_not_fit(on_disk, tmp_path, capsys):
     """A resampler that takes none; another encoder's are tried in test_stage1.py."""
     (tmp_path / "stage1").mkdir()
     start = f"--model.init_from={tmp_path / 'stage1'}"
-    assert "init_from" in refused(capsys, "train", *on_disk.arguments(tmp_path / "run", start))
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", start))
+    assert "stage1; expected" in message and "idefics" in message
+    projector = ["--model.bridge.init_args.resampler=bridges.Projector", start]
+    message = refused(capsys, "train", *on_disk.arguments(tmp_path / "run", *projector))
+    assert "leave init_from out" in message
     assert not (tmp_path / "run").exists()
 
 

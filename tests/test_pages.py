@@ -1,0 +1,83 @@
+"""What pages of the documentation tell a user to type works, in a few steps of small models."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+FEWER_STEPS = [
+    "--trainer.max_steps=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+]
+
+BLIP2 = {
+    "scenes": ["--train=520", "--val=40"],
+    "train": [*FEWER_STEPS, "--data.feature_cache=features"],
+    "retrieve": ["--top_k=4", "--feature_cache=features"],
+    "caption": ["--max_new_tokens=4"],
+}
+
+FLAMINGO = {
+    "scenes": ["--train=60", "--val=24"],
+    "train": [*FEWER_STEPS, "--data.sources.documents.max_tokens=64"],
+    "fewshot": ["--queries=4", "--support=40"],
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page, in order; those for several GPUs are left out."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").strip().splitlines()
+    # Quotes hold JSON or a question: no shell is needed to take them apart.
+    split = [re.findall(r"'[^']*'|\"[^\"]*\"|\S+", line) for line in lines]
+    words = [[word.strip("'\"") for word in line] for line in split]
+    return [line for line in words if "gpu" not in line]
+
+
+def run_page(page: str, fewer: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Runs every command of a page in a folder, with options that make it short."""
+    for line in commands(page):
+        program = line[0]
+        if program == "bridges":
+            program = str(Path(sys.executable).with_name("bridges"))
+            line = [*line, *fewer.get(line[1], [])]
+        done = subprocess.run(
+            [program, *line[1:]], cwd=folder, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_blip2_page_goes_through_all_recipes():
+    lines = commands("blip2.md")
+    trained = [line[line.index("--config") + 1] for line in lines if line[1] == "train"]
+    assert {"blip2_stage1_small", "blip2_stage2_small", "instructblip_small"} < set(trained)
+    assert "minigpt4_small" in trained
+
+
+@pytest.mark.slow
+def test_the_blip2_page_as_written(tmp_path):
+    text = (DOCS / "blip2.md").read_text(encoding="utf-8")
+    gated = text.split("```yaml\n# gated.yaml\n")[1].split("```")[0]
+    (tmp_path / "gated.yaml").write_text(gated)
+    run_page("blip2.md", BLIP2, tmp_path)
+    found = json.loads((tmp_path / "runs/blip2_stage1_small/retrieval.json").read_text())
+    assert found["images"] == 40
+    assert (tmp_path / "attention.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_flamingo_page_as_written(tmp_path):
+    run_page("flamingo.md", FLAMINGO, tmp_path)
+    run = tmp_path / "runs/flamingo_small"
+    assert (run / "gates.svg").is_file() and (run / "fewshot_nll.html").is_file()
+    found = json.loads((run / "fewshot_documents.json").read_text())
+    assert set(found["shots"]) == {"0", "1", "2", "3", "4"}
+    assert (tmp_path / "words.html").stat().st_size > 10_000
