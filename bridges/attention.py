@@ -67,19 +67,20 @@ def attend_runs(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tens
         (1, h, n, d).
     """
     # Measured on CPU. Not the fused kernel: on runs this short it is slower, in fp32 several times
-    # so under the matmul precision "medium". Compact operands in bf16: matmul would copy them
-    # anyway, at worse strides and in backward again. Split and joined, not indexed: their backward
-    # copies every run once.
+    # so under the matmul precision "medium". Compact operands: matmul would copy them anyway, at
+    # worse strides and in backward again. Split and joined, not indexed: their backward copies
+    # every run once. Few and plain operations: there are many runs.
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if q.dtype != torch.float32:
-        k, v = k.contiguous(), v.contiguous()
-    scale = q.shape[-1] ** -0.5
-    pieces = q[0].split(list(lengths), dim=1)
+    k = k.contiguous() * q.shape[-1] ** -0.5
+    v = v if v.dtype == torch.float32 else v.contiguous()
+    runs = zip(q[0].split(list(lengths), dim=1), k.unbind(), v.unbind(), strict=True)
     out = []
-    for queries, keys, values in zip(pieces, k.unbind(), v.unbind(), strict=True):
-        scores = (queries * scale).contiguous() @ keys.transpose(-1, -2)
-        out.append((scores.softmax(dim=-1) @ values).transpose(0, 1))
+    for queries, keys, values in runs:
+        # A copy in any case: a view would hold all queries until backward.
+        queries = queries.clone(memory_format=torch.contiguous_format)
+        weights = torch.bmm(queries, keys.transpose(1, 2)).softmax(dim=-1)
+        out.append(torch.bmm(weights, values).transpose(0, 1))
     # Joined where the heads of a position lie side by side, as the next projection wants them.
     return torch.cat(out).transpose(0, 1)[None]
 

@@ -99,6 +99,7 @@ class Condition:
         num_tokens: int,
         image_mask: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         segments: Tensor | None = None,
         keep_projections: bool = False,
     ) -> "Condition":
@@ -109,6 +110,7 @@ class Condition:
             placeholders: bool (b, t), where the images stand in the text.
             num_tokens: placeholders of an image.
             image_mask: bool (b, i); the text counts real images only.
+            attention_mask: bool (b, t), False for padding, which reads no image; None: no padding.
             segments: long (b, t), see `image_index`; padding may have any number.
             keep_projections: see `Condition`.
 
@@ -118,6 +120,8 @@ class Condition:
         index = image_index(
             placeholders, num_tokens, segments=segments, next_image=output.next_image
         )
+        if attention_mask is not None:
+            index = index.masked_fill(~attention_mask, -1)
         first = None
         if segments is not None:
             first, _ = _images_of_samples(placeholders, num_tokens, segments)

@@ -1,6 +1,7 @@
 """Puts a bridge's layers into a frozen LM through public PyTorch hooks, and takes them out."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -55,28 +56,32 @@ class DecoderHooks:
     def _register(
         self, lm: nn.Module, block: str, attention: str, insert: LayerInsert
     ) -> RemovableHandle:
+        # Bound methods, not closures: a deep copy of the model gets hooks of its own.
         if insert.site == "layer_input":
-
-            def rewrite_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-                if self.condition is None:
-                    return None
-                if args:
-                    return (self._apply(insert, args[0]), *args[1:]), kwargs
-                hidden = self._apply(insert, kwargs["hidden_states"])
-                return args, {**kwargs, "hidden_states": hidden}
-
             target = lm.get_submodule(block.format(i=insert.layer))
+            rewrite_input = partial(self._rewrite_input, insert)
             return target.register_forward_pre_hook(rewrite_input, with_kwargs=True)
-
-        def rewrite_output(_: nn.Module, args: tuple[Any, ...], output: Any):
-            if self.condition is None:
-                return None
-            if isinstance(output, tuple):
-                return (self._apply(insert, output[0]), *output[1:])
-            return self._apply(insert, output)
-
         target = lm.get_submodule(attention.format(i=insert.layer))
-        return target.register_forward_hook(rewrite_output)
+        return target.register_forward_hook(partial(self._rewrite_output, insert))
+
+    def _rewrite_input(
+        self, insert: LayerInsert, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.condition is None:
+            return None
+        if args:
+            return (self._apply(insert, args[0]), *args[1:]), kwargs
+        hidden = self._apply(insert, kwargs["hidden_states"])
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _rewrite_output(
+        self, insert: LayerInsert, _: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        if self.condition is None:
+            return None
+        if isinstance(output, tuple):
+            return (self._apply(insert, output[0]), *output[1:])
+        return self._apply(insert, output)
 
     def _apply(self, insert: LayerInsert, hidden: Tensor) -> Tensor:
         assert self.condition is not None

@@ -110,13 +110,16 @@ class VisionLanguageModel(nn.Module):
             vision: features of the images, from `vision.encode` or from a cache.
             text: an instruction for resamplers that read one.
             segments: long (b, t), which sample each column of a packed row belongs to; no sample
-                sees the text or the images of another. The label of a sample's first token must
-                be IGNORE.
+                sees the text or the images of another, or predicts its first token.
         """
+        if segments is not None:
+            border = segments[:, 1:] != segments[:, :-1]
+            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(border, IGNORE)], dim=1)
         output, hidden = self._decode(input_ids, attention_mask, vision, text, segments)
         at_labels, targets = label_positions(hidden, labels)
         losses = token_losses(self.lm.head, at_labels, targets, self._vocabulary())
-        loss = losses.mean() + sum(output.losses.values())
+        # A batch without a label has a loss of zero, and zero gradients.
+        loss = losses.sum() / max(1, len(losses)) + sum(output.losses.values())
         counts = (labels[:, 1:] != IGNORE).sum(dim=1)
         return ModelOutput(loss, losses, counts, output.losses)
 
@@ -207,7 +210,7 @@ class VisionLanguageModel(nn.Module):
             )
         output = self.bridge(self._matched(vision), text)
         embeddings = self._fill(input_ids, output, vision, room)
-        self._condition(input_ids, output, vision, keep_projections=True)
+        self._condition(input_ids, attention_mask, output, vision, keep_projections=True)
         training = self.lm.model.training
         self.lm.train(False)  # in training mode HF gives a checkpointed block no cache
         try:
@@ -270,7 +273,7 @@ class VisionLanguageModel(nn.Module):
     ) -> tuple[BridgeOutput, Tensor]:
         output = self.bridge(self._matched(vision), text)
         embeddings = self._fill(input_ids, output, vision)
-        self._condition(input_ids, output, vision, segments=segments)
+        self._condition(input_ids, attention_mask, output, vision, segments=segments)
         try:
             hidden = self.lm.hidden(embeddings, attention_mask, segments=segments)
         finally:
@@ -334,6 +337,7 @@ class VisionLanguageModel(nn.Module):
     def _condition(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor,
         output: BridgeOutput,
         vision: VisionFeatures,
         *,
@@ -345,6 +349,7 @@ class VisionLanguageModel(nn.Module):
             (input_ids == self.lm.image_token_id).to(self.lm.device),
             self.bridge.num_tokens,
             vision.image_mask.to(self.lm.device),
+            attention_mask=attention_mask.to(self.lm.device, torch.bool),
             segments=None if segments is None else segments.to(self.lm.device),
             keep_projections=keep_projections,
         )

@@ -34,27 +34,27 @@ class NewTokens(nn.Module):
         if len(set(ids)) != len(ids):
             raise ValueError(f"found new tokens with ids {list(ids)}; expected each one once")
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        weight = embedding.weight.detach().float()
         tied = head.weight is embedding.weight
-        self.vocabulary = weight.shape[0]
+        self.vocabulary = embedding.weight.shape[0]
         self.width = max(self.vocabulary, max(ids) + 1)
-        self.embedding = nn.Parameter(_start(weight, len(ids)))
-        start = self.embedding.detach() if tied else _start(head.weight.detach().float(), len(ids))
-        self.head = self.embedding if tied else nn.Parameter(start.clone())
+        self.embedding = nn.Parameter(_start(embedding.weight, len(ids)))
+        self.head = self.embedding if tied else nn.Parameter(_start(head.weight, len(ids)))
         bias = getattr(head, "bias", None)
         self.head_bias = None if bias is None else nn.Parameter(torch.zeros(len(ids)))
         self.scale = _scale(embedding)
         self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
-        embedding.register_forward_pre_hook(self._known)
+        embedding.register_forward_pre_hook(self._known, with_kwargs=True)
         embedding.register_forward_hook(self._embed, with_kwargs=True)
         head.register_forward_hook(self._score)
         self._asked: Tensor | None = None
 
-    def _known(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _known(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Row 0 for what the frozen matrix does not have."""
-        self._asked = args[0]
-        ids = args[0]
-        return (ids.masked_fill(ids >= self.vocabulary, 0), *args[1:])
+        ids = self._asked = args[0] if args else kwargs["input"]
+        assert ids is not None
+        return (ids.masked_fill(ids >= self.vocabulary, 0),), {}
 
     def _embed(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -98,5 +98,7 @@ def _scale(embedding: nn.Module) -> float:
 
 def _start(weight: Tensor, rows: int) -> Tensor:
     """Rows about the mean of those there are, a tenth as far from it as they are."""
-    mean, std = weight.mean(dim=0), weight.std(dim=0)
+    # Some thousands of rows tell both; all of them in fp32 may take gigabytes.
+    sample = weight.detach()[:: max(1, len(weight) // 8192)].float()
+    mean, std = sample.mean(dim=0), sample.std(dim=0)
     return mean + 0.1 * std * torch.randn(rows, weight.shape[1], device=weight.device)

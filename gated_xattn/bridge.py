@@ -131,7 +131,8 @@ class GatedXAttn(Bridge):
         memory = self.resampler(vision, text)
         marker = repeat(self.marker, "n d -> b i n d", b=memory.shape[0], i=memory.shape[1])
         next_image = None
-        if self.training and self.next_image_probability:
+        # Also in training mode, what is written or looked at is not augmented.
+        if self.training and torch.is_grad_enabled() and self.next_image_probability:
             drawn = torch.rand(memory.shape[0], device=memory.device)
             next_image = drawn < self.next_image_probability
         return BridgeOutput(marker, memory, next_image=next_image)

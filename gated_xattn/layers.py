@@ -5,17 +5,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bridges.attention import Attention
+from bridges.attention import NORMS, Attention
 from bridges.condition import Condition, Visible
 from bridges.feed_forward import FeedForward
 from bridges.precision import as_autocast
 from gated_xattn.reading import read
 from gated_xattn.swiglu import SwiGLU
-
-NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
-    "layer": nn.LayerNorm,
-    "rms": nn.RMSNorm,
-}
 
 
 class GatedCrossAttention(nn.Module):

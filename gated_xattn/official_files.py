@@ -94,15 +94,15 @@ class OfficialFlamingo:
 def is_flamingo(path: str | Path) -> bool:
     """Whether something is an OpenFlamingo ``.pt`` or an HF Idefics folder.
 
-    Raises:
-        ValueError: a file that holds more than weights.
+    A file in another form is not; whoever reads it says what is wrong with it.
     """
     path = Path(path)
     if not path.is_dir():
-        if not path.is_file():
+        try:
+            state = unwrapped(read_pickle(path, inside="model_state_dict", expected=EXPECTED), path)
+        except ValueError:
             return False
-        state = read_pickle(path, inside="model_state_dict", expected=EXPECTED)
-        return any(name.startswith("lang_encoder.") for name in unwrapped(state, path))
+        return any(name.startswith("lang_encoder.") for name in state)
     if not (path / "config.json").is_file():
         return False
     from transformers import PretrainedConfig

@@ -312,13 +312,13 @@ def _hf_layer(
         alpha_type="float",
         alpha_initializer="ones",
         vision_config={"embed_dim": sizes.memory_dim},
-        **{"attn_implementation": "eager" if slow else "sdpa"},
     )
+    config._attn_implementation = "eager" if slow else "sdpa"
     return IdeficsGatedCrossAttentionLayer(config, layer_idx=0).to(device)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention behind a mask, by the faster kernel: as in `_hf_layer`, fused but on CPU in bf16."""
+    """Attention behind a mask, by the kernel that is faster, as in `_hf_layer`."""
     floor = torch.finfo(q.dtype).min
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)

@@ -105,6 +105,11 @@ def task_of(options: Namespace, text: FewShotPrompts, pools: Sequence[Pool]) -> 
             f"found the classes {names}; expected at least 2 to choose from: give --classes, or "
             "another --labels"
         )
+    if len({tuple(text.answer(name)) for name in names}) < len(names):
+        raise ValueError(
+            "found class names that are equal in their first tokens, where answers are cut; "
+            "expected names that differ there: shorten them in a file, --classes"
+        )
     return Classes(
         text=text,
         names=names,

@@ -92,7 +92,8 @@ class CaptionModule(BridgeModule):
         losses = self._forward(batch).token_losses
         name, metric = list(self.val_losses.items())[dataloader_idx]
         assert isinstance(metric, MeanMetric)
-        metric.update(losses.mean(), len(losses))
+        if len(losses):
+            metric.update(losses.mean(), len(losses))
         options: dict[str, Any] = {"batch_size": len(batch), "add_dataloader_idx": False}
         self.log(name, metric, prog_bar=name == "val_loss", **options)
 

@@ -44,6 +44,12 @@ def test_a_packed_row_is_its_samples(family: str, kind: str):
     row, images, segments = packed(model, text, features)
     together = model(row.input_ids, row.attention_mask, row.labels, images, segments=segments)
     torch.testing.assert_close(together.token_losses, apart.token_losses, rtol=1e-5, atol=1e-5)
+    # No sample predicts the first token of the next.
+    first = int(text.attention_mask[0].sum())
+    row.labels[0, first] = row.input_ids[0, first]
+    again = model(row.input_ids, row.attention_mask, row.labels, images, segments=segments)
+    assert torch.equal(again.token_losses, together.token_losses)
+    row.labels[0, first] = IGNORE
     # Without segments they do look at each other: the test can fail.
     mixed = model(row.input_ids, row.attention_mask, row.labels, images)
     assert not torch.allclose(mixed.token_losses, apart.token_losses, atol=1e-3)

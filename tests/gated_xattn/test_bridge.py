@@ -1,5 +1,6 @@
 """The reader: where its blocks go, and how often it projects the images."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from bridges import (
     VisionShape,
     bridge_factory,
 )
-from gated_xattn import GatedXAttn
+from gated_xattn import GatedXAttn, reading
 from perceiver import PerceiverResampler
 from recipes.workload import count_flops
 
@@ -128,6 +129,24 @@ class ThreeBlocks:
         return self.model(text.input_ids, text.attention_mask, text.labels, features).loss
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grouped_positions_train_as_masked_ones_do(
+    checkpointing: bool, encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    lm = tiny.language_model("llama", gradient_checkpointing=checkpointing)
+    gradients = []
+    for grouped in (True, False):
+        monkeypatch.setattr(reading, "grouping_is_faster", lambda *_, grouped=grouped: grouped)
+        torch.manual_seed(0)
+        three = ThreeBlocks(encoder, lm)
+        three.model.train()
+        three.loss().backward()
+        gradients.append({n: p.grad for n, p in three.model.bridge.named_parameters()})
+        three.model.hooks.remove()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"visible": "all"}, {"next_image_probability": 1.0}])
 def test_other_images_make_another_loss(
     options: dict[str, Any],
@@ -192,3 +211,66 @@ def test_images_are_projected_once_a_layer_and_generation(
         model.generate(text.input_ids, text.attention_mask, features, **lengths, **options)
         assert len(calls) == 2 * generation
     model.hooks.remove()
+
+
+def between(kind: str = "perceiver_gated", **options) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    row = tiny.BRIDGES[kind]
+    spec = row | {"init_args": row["init_args"] | options}
+    model = VisionLanguageModel.connect(
+        tiny.vision_encoder(), tiny.language_model(), bridge_factory(spec)
+    )
+    tiny.open_gates(model.bridge)
+    return model
+
+
+def test_in_training_mode_nothing_written_or_looked_at_is_augmented():
+    model = between(next_image_probability=1.0)
+    text, features = tiny.batch_of(model, ["<image>ab<image>c", "d<image>"], padding_side="left")
+
+    def said(mode: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model.train(mode)
+        with torch.no_grad():
+            logits = model.logits(text.input_ids, text.attention_mask, features)
+        ids = model.generate(
+            text.input_ids, text.attention_mask, features, max_new_tokens=4, do_sample=False
+        )
+        return logits, ids
+
+    (logits, ids), (training_logits, training_ids) = said(False), said(True)
+    assert torch.equal(logits, training_logits) and torch.equal(ids, training_ids)
+    with torch.enable_grad():  # it is there to be seen
+        augmented = model.logits(text.input_ids, text.attention_mask, features)
+    assert not torch.allclose(augmented, logits, atol=1e-3)
+
+
+def test_a_deep_copy_has_hooks_of_its_own():
+    model = between()
+    text, features = tiny.batch_of(model, ["<image>ab"], ["c"])
+    twin = copy.deepcopy(model)
+    before = model.logits(text.input_ids, text.attention_mask, features)
+    assert torch.equal(twin.logits(text.input_ids, text.attention_mask, features), before)
+    with torch.no_grad():
+        twin.bridge.blocks[0].attn_gate.zero_()
+    assert torch.equal(model.logits(text.input_ids, text.attention_mask, features), before)
+    assert not torch.equal(twin.logits(text.input_ids, text.attention_mask, features), before)
+
+
+def test_padding_reads_no_image():
+    model = between()
+    text, features = tiny.batch_of(model, ["<image>abcdef", "<image>"])
+    seen = []
+    decoder = model.lm.model.model
+    decoder.register_forward_pre_hook(lambda *_: seen.append(model.hooks.condition.index))
+    model.logits(text.input_ids, text.attention_mask, features)
+    assert (seen[0][~text.attention_mask] == -1).all()
+    assert (seen[0][text.attention_mask] == 0).all()
+
+
+def test_a_batch_without_labels_has_no_loss_and_zero_gradients():
+    model = between()
+    text, features = tiny.batch_of(model, ["<image>ab"])
+    output = model(text.input_ids, text.attention_mask, text.labels, features)
+    assert output.loss == 0
+    output.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.bridge.parameters())

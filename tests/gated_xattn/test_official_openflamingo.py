@@ -363,12 +363,12 @@ def test_a_pickle_is_not_run(tmp_path):
     path = saved(tmp_path, {"model_state_dict": Bomb(tmp_path / "run")})
     for load in (
         partial(load_openflamingo, model=model),
-        is_flamingo,
         partial(model.bridge.load_pretrained, lm=model.lm),
         model.bridge.resampler.load_pretrained,
     ):
         with pytest.raises(ValueError, match="more than weights"):
             load(path)
+    assert not is_flamingo(path)
     assert not (tmp_path / "run").exists()
     (tmp_path / "x.pt").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="more than weights"):
@@ -377,6 +377,19 @@ def test_a_pickle_is_not_run(tmp_path):
         load_openflamingo(tmp_path / "y.pt", model)
     with pytest.raises(ValueError, match="no state dict"):
         load_openflamingo(saved(tmp_path, {"model_state_dict": [1]}), model)
+
+
+def test_what_is_no_flamingo_is_the_resamplers(tmp_path):
+    """A LAVIS file belongs to a Q-Former, also under gated cross-attention."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel.connect(
+        tiny.vision_encoder(), tiny.language_model(), tiny.factory("qformer_gated")
+    )
+    path = saved(tmp_path, {"model": {"Qformer.bert.x": torch.zeros(1)}})
+    given = []
+    model.bridge.resampler.load_pretrained = given.append
+    model.bridge.load_pretrained(path, model.lm)
+    assert given == [path]
 
 
 WRAPPED = "lang_encoder.gpt_neox.layers.1.gated_cross_attn_layer"
