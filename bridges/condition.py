@@ -215,7 +215,8 @@ class Condition:
         Args:
             key: of one purpose.
             hidden: (b', t', d), the input of the layer.
-            make: computes it of the condition and the shape of `hidden`; no weights in it.
+            make: computes it of the condition and the shape of `hidden`, and of nothing that gets
+                a gradient: a checkpointed block that runs again finds it made.
         """
         start = self.index.shape[1] if self.past_prompt else self.start
         call = (start, *hidden.shape[:2])

@@ -123,16 +123,24 @@ class FewShotPrompts:
         """Token ids of an answer.
 
         Args:
-            text: the answer.
+            text: the answer; what is longer than ``max_answer`` is cut off, see `cuts`.
             prefix: what it follows; by default what a query ends in.
             end: whether the end of a chunk follows it.
         """
-        before = self.prefix if prefix is None else prefix
-        joined = text if self.literal else self.encode.caption(before, text)
+        joined = self._joined(text, prefix)
         if (joined,) not in self._known:
             ids = self.encode.document([joined])[0][: self.encode.max_completion - 1]
             self._known[joined,] = ids + self.encode.document([END_OF_CHUNK])[0]
         return self._known[joined,] if end else self._known[joined,][:-1]
+
+    def cuts(self, text: str) -> bool:
+        """Whether an answer is so long that `answer` gives its beginning only."""
+        ids = self.encode.document([self._joined(text, None)])[0]
+        return len(ids) > self.encode.max_completion - 1
+
+    def _joined(self, text: str, prefix: str | None) -> str:
+        before = self.prefix if prefix is None else prefix
+        return text if self.literal else self.encode.caption(before, text)
 
     def _head(self, prefix: str, question: str | None) -> list[int]:
         """Tokens of a prefix, its BOS left out unless it stands in the prefix itself."""

@@ -13,8 +13,8 @@ from bridges.feed_forward import FeedForward
 class SwiGLU(FeedForward):
     """out(silu(gate(x)) · up(x)), without bias; backward computes the silu again.
 
-    A third of the activations that plain autograd would keep of it beside the product, for a few
-    percent of the time of the three projections.
+    So it keeps the two projections and their product, and not the silu between them, for a few
+    percent of the time of the three matrix products.
 
     Shape: (..., dim) -> (..., dim).
     """

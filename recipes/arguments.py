@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIGS = Path(__file__).parent / "configs"
 """The shipped configs."""
 
+_SOURCE = "--data.sources."
+
 
 def chosen(key: str, arguments: Sequence[str], default: str) -> str:
     """The class path given for a key, by which the parser knows what keys there are.
@@ -48,10 +50,11 @@ def expand_data(arguments: Sequence[str], *, mixture: bool) -> list[str]:
         mixture: whether the data is one.
 
     Raises:
-        ValueError: a mixture whose configs name no sources.
+        ValueError: a mixture whose configs name no sources; a source left out that there is not.
     """
     keys = {"": "--data.shards"}
     if mixture:
+        _check_left_out(arguments)
         keys = {f"/{name}": f"--data.sources.{name}.shards" for name in _sources(arguments)}
     expanded: list[str] = []
     options = iter(arguments)
@@ -86,20 +89,38 @@ def shipped_config(name: str) -> str:
     return str(shipped)
 
 
+def _check_left_out(arguments: Sequence[str]) -> None:
+    """Refuses `--data.sources.NAME null` without such a source: a slip would leave none out."""
+    options = list(_options(arguments))
+    given = [flag.removeprefix(_SOURCE) for flag, _ in options if flag.startswith(_SOURCE)]
+    known = {*_configured(arguments), *(name.split(".")[0] for name in given if "." in name)}
+    for flag, value in options:
+        name = flag.removeprefix(_SOURCE)
+        if flag.startswith(_SOURCE) and value == "null" and "." not in name and name not in known:
+            raise ValueError(
+                f"found {flag} null; expected one of the sources {', '.join(sorted(known))}"
+            )
+
+
 def _sources(arguments: Sequence[str]) -> list[str]:
     """Names of the sources in the configs, those left out on the command line excepted."""
+    left_out = {flag for flag, value in _options(arguments) if value == "null"}
+    return [
+        name
+        for name, source in _configured(arguments).items()
+        if source is not None and f"{_SOURCE}{name}" not in left_out
+    ]
+
+
+def _configured(arguments: Sequence[str]) -> dict[str, Any]:
+    """The sources in the configs, by name; None for those that are left out there."""
     sources: dict[str, Any] = {}
     for config in _configs(arguments):
         data = config.get("data")
         mixed = data.get("sources") if isinstance(data, DictConfig) else None
         if isinstance(mixed, DictConfig):
             sources.update({str(name): source for name, source in mixed.items()})
-    left_out = {flag for flag, value in _options(arguments) if value == "null"}
-    return [
-        name
-        for name, source in sources.items()
-        if source is not None and f"--data.sources.{name}" not in left_out
-    ]
+    return sources
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ class Sizes:
     latents: int = 64
     batch: int = 1
     prompt: int = 32
-    new_tokens: int = 32
+    new_tokens: int = 24
 
 
 REPROJECTED = {
@@ -58,15 +58,15 @@ REPROJECTED = {
     for name, sizes in {
         "1-image": Sizes(),
         "5-images": Sizes(images=5),
-        "5-images-b8": Sizes(images=5, batch=8, new_tokens=16),
+        "5-images-b8": Sizes(images=5, batch=8, new_tokens=12),
     }.items()
 }
 """Beside the same blocks where the images are projected again at every token."""
 
 BARE = {
     # The gated feed-forward of the shipped `gated_xattn_small`, and Flamingo's.
-    "smollm2-135m-every4": Sizes(ff_mult=1.0, new_tokens=64),
-    "smollm2-135m-every4-ff4": Sizes(new_tokens=64),
+    "smollm2-135m-every4": Sizes(ff_mult=1.0, new_tokens=48),
+    "smollm2-135m-every4-ff4": Sizes(new_tokens=48),
 }
 """Beside the LM without gated blocks."""
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,10 @@ from rich.progress import Progress
 
 from bridges import VisionEncoder
 from bridges.files import write_json
-from bridges.images import open_image
 from bridges.vision import Preprocess
-from recipes.samples import SampleError, image_extension
+from recipes.samples import SampleError, decode_image, image_extension, read_text
 from recipes.shard_files import expand_shards, shard_digest
-from recipes.shard_writer import write_shards
+from recipes.shard_writer import encode_sample, write_shards
 from recipes.stream import ShardStream
 
 FEATURES_FILE = "features.json"
@@ -35,23 +35,28 @@ class CacheForm:
     """What of a sample is encoded, and what is kept beside the features.
 
     Attributes:
-        name: goes into the name of the cache's folder; empty for single pictures.
+        name: goes into the name of the cache's folder, and is written in it; empty for single
+            pictures. Names all that the features depend on.
         read: raw sample -> its pictures or frames, preprocessed, and its members txt and json.
             A ValueError is a bad sample.
+        most: of a sample with more pictures, only the first so many are kept; None keeps all.
     """
 
     name: str
     read: Callable[[Mapping[str, Any], Preprocess], tuple[list[torch.Tensor], dict[str, Any]]]
+    most: int | None = None
+
+    @property
+    def described(self) -> str:
+        """For `FEATURES_FILE`, and for messages."""
+        return self.name or "single pictures"
 
 
 def read_picture(
     raw: Mapping[str, Any], preprocess: Preprocess
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The one picture of a sample, and its text."""
-    picture = open_image(raw[image_extension(raw)])
-    text = {"txt": raw["txt"].decode()} if "txt" in raw else {}
-    meta = {"json": json.loads(raw["json"])} if "json" in raw else {}
-    return [preprocess(picture)], {**text, **meta}
+    return [preprocess(decode_image(raw, image_extension(raw)))], read_text(raw)
 
 
 PICTURES = CacheForm("", read_picture)
@@ -73,7 +78,7 @@ def cache_features(
     meets stale features.
 
     Args:
-        shards: with pictures; already cached ones are returned as they are.
+        shards: with pictures; already cached ones are returned as they are, see `check_cached`.
         encoder: the frozen encoder.
         cache: folder of all caches.
         batch_size: pictures encoded together.
@@ -84,9 +89,14 @@ def cache_features(
 
     Returns:
         The shards with features.
+
+    Raises:
+        ValueError: a bad sample, where they are not skipped; cached shards of another encoder or
+            form.
     """
     paths = expand_shards(shards)
     if any(is_cached(path) for path in paths):
+        check_cached(paths, encoder, form)
         return paths
     digests = [shard_digest(path) for path in paths]
     # What was made by stopping at a bad picture has none, and serves whoever would skip them.
@@ -105,6 +115,7 @@ def cache_features(
             write_shards(samples, folder, "features", overwrite=True)
             described = {
                 "encoder": encoder.fingerprint,
+                "form": form.described,
                 "grid": encoder.shape.grid,
                 "dim": encoder.shape.dim,
                 "shards": dict(zip((path.name for path in paths), digests, strict=True)),
@@ -119,19 +130,34 @@ def is_cached(shard: Path) -> bool:
     return (shard.parent / FEATURES_FILE).is_file()
 
 
-def check_cached(shards: Sequence[Path], encoder: VisionEncoder) -> None:
-    """Refuses features of another encoder.
+def check_cached(
+    shards: Sequence[Path], encoder: VisionEncoder, form: CacheForm | None = None
+) -> None:
+    """Refuses features of another encoder, or of another form.
+
+    Args:
+        shards: any; those with pictures pass.
+        encoder: of the run.
+        form: that the run reads; None takes any. Caches that name none are of single pictures.
 
     Raises:
-        ValueError: naming the folder and both fingerprints.
+        ValueError: naming the folder and both fingerprints, or both forms.
     """
     for folder in {shard.parent for shard in shards if is_cached(shard)}:
-        found = json.loads((folder / FEATURES_FILE).read_text())["encoder"]
+        described = json.loads((folder / FEATURES_FILE).read_text())
+        found = described["encoder"]
         if found != encoder.fingerprint:
             raise ValueError(
                 f"found features of encoder {found} in {folder}; expected those of "
                 f"{encoder.fingerprint}, this run's: give the shards with pictures, they are "
                 "cached again"
+            )
+        kept = described.get("form", PICTURES.described)
+        if form is not None and kept != form.described:
+            raise ValueError(
+                f"found features of {kept} in {folder}; expected those of {form.described}: give "
+                "the shards with pictures, they are cached again, or set data.task and data.fps "
+                "to what was cached"
             )
 
 
@@ -165,21 +191,24 @@ def _encoded(
     form: CacheForm,
 ) -> Iterator[dict[str, Any]]:
     def keep(raw: dict[str, Any]) -> dict[str, Any] | None:
+        # A key is unique in its shard only.
+        key = f"{places[raw['__shard__']]:05d}-{raw['__key__']}"
         try:
             pixels, members = form.read(raw, encoder.preprocess)
-        except ValueError as error:
+            # What cannot be written is a bad sample, too: later it would end the whole cache.
+            encode_sample({"__key__": key, "npy": b"", **members})
+        except (ValueError, RecursionError) as error:
             where = f"{raw['__shard__']}: sample {raw['__key__']!r}"
             named = str(error) if isinstance(error, SampleError) else f"{where}: {error}"
             if on_error == "raise":
                 raise ValueError(named) from error
             logger.warning("left out: %s", named)
             return None
-        # A key is unique in its shard only.
-        key = f"{places[raw['__shard__']]:05d}-{raw['__key__']}"
-        return {"__key__": key, "pixels": pixels, **members}
+        counts["cut"] += form.most is not None and len(pixels) > form.most
+        return {"__key__": key, "pixels": pixels[: form.most], **members}
 
     places = {str(path): place for place, path in enumerate(paths)}
-
+    counts: Counter[str] = Counter()
     stream = ShardStream(list(paths), keep, seed=0, shuffle=False)
     # One consumer, also where several ranks train: each of them needs every picture.
     kept = (sample for sample in stream.iterate() if sample is not None)
@@ -195,6 +224,11 @@ def _encoded(
                 np.save(npy, (features if form.name else own[0]).numpy(), allow_pickle=False)
                 yield {**sample, "npy": npy.getvalue()}
             progress.advance(task, len(samples))
+    if counts["cut"]:
+        logger.warning(
+            "%d of %d samples have more than %d pictures or frames; only the first are cached",
+            *(counts["cut"], stream.total_samples, form.most or 0),
+        )
 
 
 def _groups(samples: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

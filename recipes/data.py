@@ -1,6 +1,7 @@
 """Shards as Lightning data: the order, the split and the place where a run was stopped."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from recipes.batch import Batch, CaptionCollator, Collate
 from recipes.cache import PICTURES, CacheForm, cache_features, check_cached
 from recipes.documents import DOCUMENTS
 from recipes.documents_window import DocumentCollator, Window
-from recipes.shard_files import expand_shards
+from recipes.shard_files import ShardError, expand_shards
 from recipes.stream import ShardStream
 from recipes.video import Clips, clip_form
 
@@ -23,6 +24,8 @@ Task = Literal["caption", "instruction", "interleaved", "video"]
 
 HELD_OUT_SPLITS = ("val", "dev")
 """Never "test": what a run is watched on is not what it is measured on."""
+
+logger = logging.getLogger(__name__)
 
 
 class SizedLoader(DataLoader[Batch]):
@@ -64,8 +67,17 @@ class SizedLoader(DataLoader[Batch]):
         """The epoch, and the batches of it that were handed out."""
         return {"epoch": self.stream.epoch, "batches": self.done}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Starts the epoch after the batches that are done; another epoch starts at its start."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts the epoch after the batches that are done; another epoch starts at its start.
+
+        Raises:
+            ValueError: the checkpoint belongs to a mixture.
+        """
+        if "sources" in state:
+            raise ValueError(
+                f"found a checkpoint of a mixture of {list(state['sources'])}; expected one of a "
+                "single source: resume with the data_class that the run began with"
+            )
         if state["epoch"] == self.stream.epoch:
             self._start = state["batches"]
 
@@ -81,7 +93,9 @@ class CaptionData(L.LightningDataModule):
         num_workers: processes that decode pictures on each rank.
         max_caption_tokens: longer captions, questions and answers are cut.
         feature_cache: folder in which the frozen features of all pictures are kept, computed
-            once before training; null encodes pictures as they come.
+            once before training; null encodes pictures as they come. Of a clip, the first 256
+            frames are kept (`recipes.video.MAX_CACHED`; how many clips are cut is logged), unless
+            `fps` is null; a document of more pictures than that is a bad sample.
         shuffle_buffer: samples held for shuffling.
         on_error: what to do with a bad sample: stop, or count it, name it and go on.
         seed: of the order of samples.
@@ -158,20 +172,21 @@ class CaptionData(L.LightningDataModule):
             world_size: number of ranks that share the training samples.
 
         Raises:
-            ValueError: features of another encoder, or fewer samples than the ranks and workers
-                need for a batch each.
+            ValueError: features of another encoder or task, or fewer samples than the ranks and
+                workers need for a batch each.
         """
+        form = self._cache_form()
+        check_cached([*self.train_shards, *self.held_out_shards], vision, form)
         if self.feature_cache is not None:
             cache = partial(
                 cache_features,
                 encoder=vision,
                 cache=Path(self.feature_cache),
                 on_error=self.on_error,
-                form=self._cache_form(),
+                form=form,
             )
             self.train_shards = cache(self.train_shards)
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
-        check_cached([*self.train_shards, *self.held_out_shards], vision)
         self._vision = vision
         self._collate = collate
         self._world_size = world_size
@@ -242,12 +257,30 @@ class CaptionData(L.LightningDataModule):
 
 
 def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[Path]]:
-    """Training and held-out shards of ``--data``; see `CaptionData`."""
+    """Training and held-out shards of ``--data``; see `CaptionData`.
+
+    Of a folder, what is held out is not trained on.
+
+    Raises:
+        ShardError: as `expand_shards`; shards named for both, or none left to train on.
+    """
     folder = Path(shards)
-    if not folder.is_dir():
-        return expand_shards(shards), expand_shards(val_shards) if val_shards else []
-    train = sorted(folder.glob("train-*.tar")) or expand_shards(folder)
-    if val_shards:
-        return train, expand_shards(val_shards)
-    held_out = [s for split in HELD_OUT_SPLITS for s in sorted(folder.glob(f"{split}-*.tar"))]
-    return [path for path in train if path not in held_out], held_out
+    train = expand_shards(shards)
+    held_out = expand_shards(val_shards) if val_shards else []
+    if folder.is_dir():
+        train = sorted(folder.glob("train-*.tar")) or train
+        if not val_shards:
+            splits = [sorted(folder.glob(f"{split}-*.tar")) for split in HELD_OUT_SPLITS]
+            held_out = list(itertools.chain.from_iterable(splits))
+    places = {path.resolve() for path in held_out}
+    both = [path for path in train if path.resolve() in places]
+    left = [path for path in train if path not in both]
+    if both and (not left or not folder.is_dir()):
+        named = ", ".join(map(str, both[:10]))
+        raise ShardError(
+            f"found {len(both)} of {len(train)} shards to train on held out, too: {named}; "
+            "expected others: take them out of data.shards or data.val_shards"
+        )
+    if both and val_shards:
+        logger.info("%d of %d shards in %s are held out", len(both), len(train), folder)
+    return left, held_out

@@ -33,6 +33,9 @@ from bridges.vision import Preprocess
 from recipes.cache import CacheForm
 from recipes.samples import numbered_images, read_features, read_meta, sample_error
 
+MAX_CACHED = 256
+"""Pictures of one document whose features are cached: they are in memory together."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -139,8 +142,15 @@ def decode_picture(raw: Mapping[str, Any], document: Document, image: int) -> Im
 def all_pictures(
     raw: Mapping[str, Any], preprocess: Preprocess
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Every picture of a document, for the feature cache, and the rest in our own form."""
+    """Every picture of a document, for the feature cache, and the rest in our own form.
+
+    Raises:
+        SampleError: as `read_document`, or more pictures than `MAX_CACHED`.
+    """
     document = read_document(raw)
+    if (count := len(document.images)) > MAX_CACHED:
+        wanted = f"expected at most {MAX_CACHED} to cache: split it, or give no data.feature_cache"
+        raise sample_error(raw, "too many images", f"{count} pictures; {wanted}")
     parts: list[Any] = []
     for part in document.parts:
         if isinstance(part, str):

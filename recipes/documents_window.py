@@ -66,13 +66,19 @@ def excerpt(
 ) -> Excerpt | None:
     """A window of a document; the same of the same ``rng``.
 
-    Where a document is longer than the window, one of the windows that are full is drawn.
+    It begins at a chunk that is drawn with equal chances: any from the first to the earliest from
+    which the rest of the document fits, for later ones would only see less of it. The first is
+    left out if it is text that has no loss and leaves the first picture no room. The window takes
+    chunk after chunk until the next one's pictures, and a token of its text, do not fit.
+
+    Of the pictures before one text, those beyond ``max_images``, or beyond what leaves room for a
+    token of the text, are left out of every window: the last ones, next to the text, stay.
 
     Args:
         document: any.
         encode: of the model.
         window: its limits.
-        rng: draws where the window begins; None takes the first.
+        rng: draws where the window begins; None takes the earliest place.
 
     Returns:
         None if the document has no text, or none that could be learned (see `Window`).
@@ -169,8 +175,12 @@ class DocumentDecoder:
         chosen = [document.images[image] for image in found.images]
         if chosen and isinstance(chosen[0], Tensor):
             return {**sample, "features": chosen}
-        decoded = (decode_picture(raw, document, image) for image in found.images)
-        return {**sample, "images": [self.preprocess(picture) for picture in decoded]}
+        # A picture may stand in several places.
+        pixels = {
+            image: self.preprocess(decode_picture(raw, document, image))
+            for image in dict.fromkeys(found.images)
+        }
+        return {**sample, "images": [pixels[image] for image in found.images]}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from recipes.fewshot_curve import Evaluation, of_documents, of_pictures
 FEW_SHOTS = {"documents": "0,1,2,4"}
 """Where they are not 0,4,8: web pages have few pictures."""
 
+PAIRS_ONLY = ("template", "bos", "selection", "seeds", "support", "zero_shot_texts")
+"""Options that mean nothing for documents, which bring their own demonstrations and form."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
@@ -126,6 +129,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--out", type=Path | None, help="folder, or the .json file; that of the run by default"
     )
     options = parser.parse_args(list(arguments))
+    given = [name for name in PAIRS_ONLY if options[name] != parser.get_default(name)]
+    if options.task == "documents" and given:
+        raise ValueError(
+            f"found {', '.join('--' + name for name in given)} with --task documents; expected "
+            "none of them: a document's own beginning demonstrates, in the form of training"
+        )
     options.shots = _numbers("shots", options.shots or FEW_SHOTS.get(options.task, "0,4,8"))
     options.seeds = _numbers("seeds", options.seeds)
     return options

@@ -19,7 +19,7 @@ from recipes.fewshot_plans import Plan, Planner, Selection, check_context, check
 from recipes.fewshot_pool import Pool
 from recipes.fewshot_runner import Prompt, Runner
 from recipes.fewshot_setup import find_shards, task_of, template_of
-from recipes.fewshot_tasks import Classes, Likelihood, Outcome, likelihood
+from recipes.fewshot_tasks import PASSES, Classes, Likelihood, Outcome, likelihood
 from recipes.gallery import thumbnails
 
 Advance = Callable[[int], object]
@@ -63,7 +63,8 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        outcomes: by shots and selection, one for each seed.
+        outcomes: by shots and selection, one for each seed; the same object for seeds that ask
+            the same.
         axis: what the metrics measure.
         described: the setting, for the JSON.
         cards: examples for the page.
@@ -75,13 +76,17 @@ class Evaluation:
     cards: list[Card]
 
     def summary(self) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-        """Shots -> selection -> metric -> mean, std over the seeds (None of one), values."""
+        """Shots -> selection -> metric -> mean, std over the seeds, values of the seeds.
+
+        The std is None of one seed, and where seeds change nothing (RICES without questions).
+        """
         found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
         for (shots, selection), outcomes in self.outcomes.items():
             metrics = {}
+            measured = len({id(outcome) for outcome in outcomes}) > 1
             for name in outcomes[0].metrics:
                 values = [outcome.metrics[name] for outcome in outcomes]
-                spread = statistics.stdev(values) if len(values) > 1 else None
+                spread = statistics.stdev(values) if measured else None
                 metrics[name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
             found.setdefault(str(shots), {})[selection] = metrics
         return found
@@ -113,10 +118,15 @@ def of_pictures(model: VisionLanguageModel, options: Namespace) -> Evaluation:
         for seed in options.seeds
     }
 
+    first: dict[str, int] = {}  # equal pictures have the same place
+    samples = (*support.examples, *queries.examples)
+    places = [first.setdefault(one.digest, place) for place, one in enumerate(samples)]
+
     def prompt(plan: Plan) -> Prompt:
         ids = text(plan.shots, plan.question, images=plan.images)
-        pictures = [*(plan.support if plan.images else ()), len(support.examples) + plan.query]
-        return Prompt(ids, pictures, plan.question)
+        shown = [*(plan.support if plan.images else ()), len(support.examples) + plan.query]
+        text_only = text(plan.shots, plan.question, images=False) if plan.images else None
+        return Prompt(ids, [places[k] for k in shown], plan.question, text_only)
 
     # What a seed does not change (RICES without questions), or a selection (0 shots), is run once.
     prompts = {chosen: [prompt(plan) for plan in chosen] for chosen in plans.values()}
@@ -133,6 +143,7 @@ def of_pictures(model: VisionLanguageModel, options: Namespace) -> Evaluation:
     outcomes: dict[tuple[int, str], list[Outcome]] = {}
     for (shots, selection, _), chosen in plans.items():
         outcomes.setdefault((shots, selection), []).append(found[chosen])
+    demonstrated_texts = {s.answer for chosen in prompts for p in chosen for s in p.shots}
     described = {
         "template": text.template,
         "bos": text.bos,
@@ -141,6 +152,10 @@ def of_pictures(model: VisionLanguageModel, options: Namespace) -> Evaluation:
         "queries": len(queries.examples),
         **({"classes": list(task.names)} if isinstance(task, Classes) else {}),
         "skipped": {"support": support.skipped, "queries": queries.skipped},
+        "cut": {
+            "scored": sum(map(text.cuts, task.scored(queries.examples))),
+            "demonstrations": sum(map(text.cuts, demonstrated_texts)),
+        },
     }
     last = {s: plans[options.shots[-1], s, options.seeds[0]] for s in selections}
     shown = _spread(len(queries.examples))
@@ -194,13 +209,13 @@ def of_documents(model: VisionLanguageModel, options: Namespace) -> Evaluation:
     patches = list(pool.patches)
 
     def run(asked: tuple[list[Prompt], list[list[int]]], advance: Advance) -> Outcome:
-        return likelihood(Runner(model, patches, options.batch_size, advance), *asked)
+        return likelihood(Runner(model, patches, options.batch_size, advance), *asked, "all")
 
     def exchange(images: int, advance: Advance) -> Exchange:
         return exchange_pictures(Runner(model, patches, options.batch_size, advance), pool, images)
 
     rows = len(pool.documents)
-    found = _each(prompts, run, 2 * rows)
+    found = _each(prompts, run, PASSES * rows)
     outcomes = {(shots, "document"): [outcome] for shots, outcome in found.items()}
     described = {"queries": rows, "skipped": {"queries": pool.skipped}}
     if most + 1 >= EXCHANGED:

@@ -7,12 +7,11 @@ data needs no template here.
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
@@ -20,11 +19,15 @@ from bridges import PromptEncoder, VisionEncoder
 from bridges.prompts import END_OF_CHUNK
 from recipes.documents import Document, decode_picture, read_document
 from recipes.documents_window import Window, excerpt
+from recipes.fewshot_pool import digest_of
 from recipes.fewshot_runner import Prompt
 from recipes.gallery import name_of, once, thumbnail, with_pictures
 from recipes.stream import ShardStream
 
 WHOLE = Window(max_tokens=2**30, max_images=2**30)
+
+TOGETHER = 32
+"""Pictures of a document that are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Chunk:
     Attributes:
         head: ids of the pictures' placeholders.
         answer: ids of the text and its end.
-        pictures: the document's images, by their places; among all documents, rows of patches.
+        pictures: the document's images, by their places; in a pool, rows of patches.
     """
 
     head: list[int]
@@ -49,8 +52,9 @@ class DocumentPool:
     Attributes:
         names: of the documents, see `name_of`.
         documents: chunks of each, equally many.
-        patches: (n, p, d), on the CPU, of all pictures in them.
-        places: (n), of each picture among the images of its document.
+        patches: (n, p, d), on the CPU, of all pictures in them, equal ones once.
+        places: (n), the document that each picture is first in, and its place among the images of
+            that.
         bos: what a document begins with.
         skipped: documents left out, by reason.
     """
@@ -58,7 +62,7 @@ class DocumentPool:
     names: list[str]
     documents: list[list[Chunk]]
     patches: Tensor
-    places: list[int]
+    places: list[tuple[int, int]]
     bos: list[int]
     skipped: dict[str, int]
 
@@ -75,6 +79,8 @@ class DocumentPool:
     ) -> "DocumentPool":
         """The first documents that have so many pairs of pictures and text before the last one.
 
+        Only of those are pictures decoded, each once however often the document shows it.
+
         Args:
             shards: of documents, or of their features.
             vision: the encoder.
@@ -90,38 +96,44 @@ class DocumentPool:
         names: list[str] = []
         documents: list[list[Chunk]] = []
         patches: list[Tensor] = []
-        places: list[int] = []
+        places: list[tuple[int, int]] = []
+        rows: dict[str, int] = {}
         bos = encode.bos()
 
         def read(raw: Mapping[str, Any]) -> dict[str, Any]:
             document = read_document(raw)
             chunks = chunks_of(document, encode)[-shots - 1 :]
-            images = [image for chunk in chunks for image in chunk.pictures]
-            return {
-                "name": name_of(raw, shards),
-                "chunks": chunks,
-                "places": images,
-                "images": [_picture(raw, document, image) for image in images],
-            }
+            sample = {"name": name_of(raw, shards), "chunks": chunks}
+            length = len(bos) + sum(len(chunk.head) + len(chunk.answer) for chunk in chunks)
+            if len(chunks) <= shots:
+                return {**sample, "out": f"fewer than {shots + 1} pairs of pictures and text"}
+            if max_length is not None and length > max_length:
+                return {**sample, "out": f"longer than the LM's context of {max_length}"}
+            images = {image for chunk in chunks for image in chunk.pictures}
+            contents = {image: _content(raw, document, image, vision) for image in sorted(images)}
+            return {**sample, "contents": contents}
 
         stream = ShardStream(list(shards), read, seed=0, shuffle=False, on_error="skip")
         for sample in track(
             once(stream), "encoding documents", stream.total_samples, transient=True
         ):
-            chunks = sample["chunks"]
-            length = len(bos) + sum(len(chunk.head) + len(chunk.answer) for chunk in chunks)
-            if len(chunks) <= shots:
-                left_out[f"fewer than {shots + 1} pairs of pictures and text"] += 1
+            if "out" in sample:
+                left_out[sample["out"]] += 1
                 continue
-            if max_length is not None and length > max_length:
-                left_out[f"longer than the LM's context of {max_length}"] += 1
-                continue
-            rows = itertools.count(len(places))
-            patches.append(_patches(sample["images"], vision))
+            digests = {image: digest_of(one) for image, one in sample["contents"].items()}
+            new: list[Tensor] = []
+            for image, content in sample["contents"].items():
+                if digests[image] not in rows:
+                    rows[digests[image]] = len(places)
+                    places.append((len(names), image))
+                    new.append(content)
+            patches += _patches(new, vision)
             names.append(sample["name"])
-            places += sample["places"]
             documents.append(
-                [Chunk(c.head, c.answer, [next(rows) for _ in c.pictures]) for c in chunks]
+                [
+                    replace(c, pictures=[rows[digests[k]] for k in c.pictures])
+                    for c in sample["chunks"]
+                ]
             )
             if len(documents) == limit:
                 break
@@ -131,16 +143,23 @@ class DocumentPool:
                 f"found no document in {len(shards)} shards, e.g. {shards[0]}, to ask for {shots} "
                 f"shots (left out: {skipped}); expected some: ask for fewer"
             )
-        return cls(names, documents, torch.cat(patches), places, bos, skipped)
+        return cls(names, documents, torch.stack(patches), places, bos, skipped)
 
     def prompts(self, shots: int) -> tuple[list[Prompt], list[list[int]]]:
-        """What stands before the last text of each document, and the text."""
+        """What stands before the last text of each document, and the text.
+
+        Without the pictures before the last (see `Prompt`) it is their texts alone.
+        """
         prompts, answers = [], []
         for chunks in self.documents:
             *before, last = chunks[-shots - 1 :]
             ids = self.bos + [i for chunk in before for i in (*chunk.head, *chunk.answer)]
             pictures = [row for chunk in (*before, last) for row in chunk.pictures]
-            prompts.append(Prompt(ids + last.head, pictures))
+            texts = self.bos + [i for chunk in before for i in chunk.answer]
+            text_only = texts + last.head if before else None
+            prompts.append(
+                Prompt(ids + last.head, pictures, text_only=text_only, own=len(last.pictures))
+            )
             answers.append(last.answer)
         return prompts, answers
 
@@ -152,15 +171,15 @@ class DocumentPool:
             shown: how many documents.
             side: pixels of the longer side.
         """
-        wanted = {
-            name: [row for chunk in chunks for row in chunk.pictures]
-            for name, chunks in zip(self.names[:shown], self.documents, strict=False)
-        }
+        wanted: dict[str, dict[int, int]] = {name: {} for name in self.names[:shown]}
+        for row, (document, image) in enumerate(self.places):
+            if document < shown:
+                wanted[self.names[document]][row] = image
         return {
-            row: thumbnail(decode_picture(raw, document, self.places[row]), side)
+            row: thumbnail(decode_picture(raw, document, image), side)
             for name, raw in with_pictures(shards, wanted)
             for document in [read_document(raw)]
-            for row in wanted[name]
+            for row, image in wanted[name].items()
         }
 
 
@@ -184,15 +203,19 @@ def chunks_of(document: Document, encode: PromptEncoder) -> list[Chunk]:
     return [chunk for chunk in chunks if chunk.pictures]
 
 
-def _picture(raw: Mapping[str, Any], document: Document, image: int) -> Image.Image | Tensor:
+def _content(
+    raw: Mapping[str, Any], document: Document, image: int, vision: VisionEncoder
+) -> Tensor:
+    """Features of a picture if they are cached, else its pixels as the encoder takes them."""
     found = document.images[image]
-    return found if isinstance(found, Tensor) else decode_picture(raw, document, image)
+    if isinstance(found, Tensor):
+        return found
+    return vision.preprocess(decode_picture(raw, document, image))
 
 
-def _patches(images: Sequence[Image.Image | Tensor], vision: VisionEncoder) -> Tensor:
-    """(n, p, d)."""
-    features = [image for image in images if isinstance(image, Tensor)]
-    if features:
-        return torch.stack(features)
-    pixels = [vision.preprocess(i) for i in images if isinstance(i, Image.Image)]
-    return vision.encode(torch.stack(pixels)[None]).patches[0].cpu()
+def _patches(contents: Sequence[Tensor], vision: VisionEncoder) -> list[Tensor]:
+    """(p, d) of each."""
+    if not contents or contents[0].ndim == 2:  # features
+        return list(contents)
+    pixels = torch.stack(list(contents)).split(TOGETHER)
+    return [one for part in pixels for one in vision.encode(part[None]).patches[0].cpu()]

@@ -7,7 +7,6 @@ it becomes less likely; how much later text does, shows how far a picture reache
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from bridges.loss import IGNORE
 from recipes.fewshot_documents import Chunk, DocumentPool
-from recipes.fewshot_runner import Prompt, Runner
+from recipes.fewshot_runner import Prompt, Runner, other_pictures
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Exchange:
 def exchange_pictures(runner: Runner, pool: DocumentPool, images: int = 2) -> Exchange:
     """Scores the last pictures and texts of documents, whole, with one picture exchanged at a time.
 
-    The other picture is the one at the same place of the next document. All settings go through
+    The other picture is the one at the same place of the next document where it is another, see
+    `other_pictures`. All settings go through
     the model in the same batches, of which only those patches differ, so that a difference is none
     of rounding.
 
@@ -69,7 +69,7 @@ def exchange_pictures(runner: Runner, pool: DocumentPool, images: int = 2) -> Ex
         images: how many of the last pictures, each with its text.
 
     Raises:
-        ValueError: fewer documents, or documents of fewer pictures.
+        ValueError: fewer documents, documents of fewer pictures, or all of the same picture.
     """
     documents = [chunks[-images:] for chunks in pool.documents]
     if len(documents) < 2 or images < 1 or any(len(chunks) < images for chunks in documents):
@@ -100,13 +100,12 @@ def exchange_pictures(runner: Runner, pool: DocumentPool, images: int = 2) -> Ex
 
 
 def _exchanged(documents: Sequence[list[Chunk]], place: int) -> list[list[Chunk]]:
-    """Every document with the pictures of the next one at a place, given again if too few."""
-    changed = []
-    for chunks, others in zip(documents, [*documents[1:], documents[0]], strict=True):
-        own, given = chunks[place], cycle(others[place].pictures)
-        other = replace(own, pictures=[next(given) for _ in own.pictures])
-        changed.append([*chunks[:place], other, *chunks[place + 1 :]])
-    return changed
+    """Every document with other documents' pictures at a place."""
+    given = other_pictures([chunks[place].pictures for chunks in documents])
+    return [
+        [*chunks[:place], replace(chunks[place], pictures=pictures), *chunks[place + 1 :]]
+        for chunks, pictures in zip(documents, given, strict=True)
+    ]
 
 
 def _ids(bos: Sequence[int], chunks: Sequence[Chunk]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bridges import VisionEncoder
 from bridges.fewshot import pooled
 from recipes.gallery import name_of, once
-from recipes.samples import CaptionDecoder
+from recipes.samples import CaptionDecoder, read_questions
 from recipes.stream import ShardStream
 
 
@@ -82,7 +82,8 @@ class Pool:
         decode = CaptionDecoder(vision.preprocess, random_caption=False, questions=questions)
 
         def named(raw: Mapping[str, Any]) -> dict[str, Any]:
-            return decode(raw) | {"name": name_of(raw, shards)}
+            pairs = read_questions(raw) if questions else []
+            return decode(raw) | {"name": name_of(raw, shards), "pairs": pairs}
 
         stream = ShardStream(list(shards), named, seed=0, shuffle=False, on_error="skip")
         # A sample without a question was given its caption as the answer.
@@ -109,18 +110,22 @@ class Pool:
         return torch.tensor(others)
 
 
-def _example(sample: Mapping[str, Any]) -> Example:
-    content = sample["features" if "features" in sample else "image"]
+def digest_of(content: Tensor) -> str:
+    """The same of equal pictures: of their pixels, or of their features.
+
+    Features of one picture are not equal to the last bit if they were encoded in other batches.
+    """
     data = content.contiguous().view(torch.uint8).numpy().tobytes()
-    # Checked by the decoder, if questions are asked for.
-    pairs = sample["meta"].get("qa") if "question" in sample else None
-    questions = [(pair["question"].strip(), pair["answer"].strip()) for pair in pairs or []]
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _example(sample: Mapping[str, Any]) -> Example:
     return Example(
         sample["name"],
         sample["key"],
-        hashlib.blake2b(data, digest_size=16).hexdigest(),
+        digest_of(sample["features" if "features" in sample else "image"]),
         sample["captions"],
-        questions,
+        sample["pairs"],
         sample["meta"],
     )
 

@@ -1,9 +1,8 @@
 """Prompts with pictures, batch by batch through a model."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +21,24 @@ class Prompt:
 
     Attributes:
         ids: tokens, with the placeholders of the pictures.
-        pictures: places among the runner's, in their order.
+        pictures: places among the runner's, in their order; equal pictures have the same place.
         question: for a resampler that reads one; it reads the same beside all pictures.
+        text_only: tokens without the placeholders of the demonstrations; None where
+            demonstrations have no pictures.
+        own: how many of the pictures are the query's, from the end.
     """
 
     ids: list[int]
     pictures: list[int]
     question: str | None = None
+    text_only: list[int] | None = None
+    own: int = 1
+
+    def without_demonstrated(self) -> "Prompt":
+        """The same texts with the query's pictures alone."""
+        if self.text_only is None:
+            return self
+        return replace(self, ids=self.text_only, pictures=self.pictures[-self.own :])
 
 
 @dataclass(frozen=True)
@@ -120,26 +130,61 @@ class Runner:
         return VisionFeatures(patches, mask, self.model.vision.shape.grid)
 
 
-def exchanged(prompts: Sequence[Prompt], last: int | None = None) -> list[Prompt]:
-    """Every prompt with the last pictures of the next one in the place of its own.
+def exchanged(
+    prompts: Sequence[Prompt], which: Literal["all", "query", "demonstrations"] = "all"
+) -> list[Prompt]:
+    """Every prompt with other pictures than its own, see `other_pictures`.
 
     Args:
         prompts: at least two, each with a picture.
-        last: how many of the pictures, from the end; all by default. A next prompt that has
-            fewer gives them again.
+        which: pictures that are exchanged; the others stay.
 
     Raises:
-        ValueError: one prompt only.
+        ValueError: no other picture.
     """
-    if len(prompts) < 2:
-        raise ValueError(
-            f"found {len(prompts)} queries; expected at least 2 to exchange pictures: take more"
-        )
+
+    def of(prompt: Prompt) -> slice:
+        query = len(prompt.pictures) - prompt.own
+        return {"all": slice(None), "query": slice(query, None)}.get(which, slice(query))
+
+    given = other_pictures([prompt.pictures[of(prompt)] for prompt in prompts])
     changed = []
-    for prompt, other in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
-        kept = 0 if last is None else len(prompt.pictures) - last
-        given = itertools.islice(
-            itertools.cycle(reversed(other.pictures)), len(prompt.pictures) - kept
-        )
-        changed.append(replace(prompt, pictures=prompt.pictures[:kept] + list(given)[::-1]))
+    for prompt, others in zip(prompts, given, strict=True):
+        pictures = prompt.pictures.copy()
+        pictures[of(prompt)] = others
+        changed.append(replace(prompt, pictures=pictures))
     return changed
+
+
+def other_pictures(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each picture of each row the one at its place, from the end, in the next row.
+
+    That is the next one, round and round, where another picture stands: several captions of one
+    picture, or documents that share one, are passed over. A row that has fewer gives them again.
+
+    Args:
+        rows: of pictures, of which equal ones have equal numbers.
+
+    Raises:
+        ValueError: one row only, or everywhere the same picture.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            f"found {len(rows)} queries; expected at least 2 to exchange pictures: take more"
+        )
+    return [
+        [_other(rows, number, place) for place in range(len(row))]
+        for number, row in enumerate(rows)
+    ]
+
+
+def _other(rows: Sequence[Sequence[int]], number: int, place: int) -> int:
+    own, from_end = rows[number][place], len(rows[number]) - place
+    for step in range(1, len(rows)):
+        there = rows[(number + step) % len(rows)]
+        if there and (other := there[-1 - (from_end - 1) % len(there)]) != own:
+            return other
+    raise ValueError(
+        f"found the same picture in the place of number {place + 1} in all of {len(rows)} queries; "
+        "expected another one to exchange it for: take more queries, or data of other pictures"
+    )

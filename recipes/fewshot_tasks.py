@@ -1,18 +1,29 @@
 """What a few-shot evaluation asks and counts: captions, answers, classes, likelihoods."""
 
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bridges.fewshot import FewShotPrompts, Shot
+from recipes.fewshot_match import same_text
 from recipes.fewshot_pool import Example, Pool
 from recipes.fewshot_runner import Prompt, Runner, exchanged
 from recipes.scene_captions import score as score_scene
+
+PASSES = 4
+"""How often `likelihood` scores each prompt."""
+
+SAID = {
+    "nll": " nats a token",
+    "nll_exchanged": " exchanged",
+    "nll_demos_exchanged": " demonstrations exchanged",
+    "nll_text_only": " text only",
+}
+"""The metrics of `likelihood` on a card."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,14 @@ class Task(ABC):
         """What should be said, for the page."""
         return example.captions[0]
 
+    def scored(self, queries: Sequence[Example]) -> Sequence[str]:
+        """Texts whose likelihood is counted."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Captions(Task):
-    """Open-ended: captions, right if one of the picture's own but for case and punctuation.
+    """Open-ended: captions, right if one of the picture's own, see `same_text`.
 
     Of emoji scenes also the shares with the right objects, relation and ground colour.
 
@@ -82,7 +97,9 @@ class Captions(Task):
     def run(self, runner: Runner, prompts: Sequence[Prompt], queries: Sequence[Example]) -> Outcome:
         written = self.written(runner, prompts)
         pairs = list(zip(written, queries, strict=True))
-        metrics = {"exact_match": _share([_same(text, query.captions) for text, query in pairs])}
+        metrics = {
+            "exact_match": _share([same_text(text, query.captions) for text, query in pairs])
+        }
         if all("objects" in query.meta for query in queries):
             judged = [score_scene(text, query.meta) for text, query in pairs]
             for part in ("object", "relation", "colour"):
@@ -106,7 +123,7 @@ class Captions(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(Captions):
-    """Open-ended: answers to questions, right if equal but for case, articles and punctuation.
+    """Open-ended: answers to questions, right if equal to the true one, see `same_text`.
 
     Of a query the first of its questions is asked; a demonstration shows one drawn at random.
     """
@@ -114,7 +131,7 @@ class Answers(Captions):
     def run(self, runner: Runner, prompts: Sequence[Prompt], queries: Sequence[Example]) -> Outcome:
         written = [text.split("\n")[0].strip() for text in self.written(runner, prompts)]
         pairs = zip(written, queries, strict=True)
-        right = [_same(text, [self.truth(query)]) for text, query in pairs]
+        right = [same_text(text, [self.truth(query)]) for text, query in pairs]
         return Outcome({"exact_match": _share(right)}, written)
 
     def shot(self, example: Example, rng: random.Random) -> Shot:
@@ -166,23 +183,29 @@ class Classes(Task):
     def truth(self, example: Example) -> str:
         return " or ".join(labels_of(example, self.labels))
 
+    def scored(self, queries: Sequence[Example]) -> Sequence[str]:
+        return self.names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(Task):
-    """Loss per token of the true caption, also with the query's picture exchanged for another's.
+    """Loss per token of the true caption, its first; see `likelihood` for what is exchanged.
 
-    The demonstrations keep their pictures.
+    A caption that is longer than an answer may be is cut, see `FewShotPrompts.cuts`.
     """
 
-    passes: int = 2
+    passes: int = PASSES
     axis: str = "loss per token of the true text (nats)"
 
     def run(self, runner: Runner, prompts: Sequence[Prompt], queries: Sequence[Example]) -> Outcome:
         answers = [self.text.answer(query.captions[0]) for query in queries]
-        return likelihood(runner, prompts, answers, last=1)
+        return likelihood(runner, prompts, answers, "query")
 
     def room(self, queries: Sequence[Example]) -> int:
         return max(len(self.text.answer(query.captions[0])) for query in queries)
+
+    def scored(self, queries: Sequence[Example]) -> Sequence[str]:
+        return [query.captions[0] for query in queries]
 
 
 def labels_of(example: Example, name: str) -> list[str]:
@@ -210,35 +233,48 @@ def likelihood(
     runner: Runner,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[int]],
-    last: int | None = None,
+    wrong: Literal["all", "query"],
 ) -> Outcome:
-    """Loss per token of answers, with the right pictures and with exchanged ones.
+    """Loss per token of answers with the right pictures, with other ones, and with fewer.
+
+    ``nll`` has the right ones, ``nll_exchanged`` other ones, ``nll_demos_exchanged`` other ones in
+    the demonstrations only: what it is above ``nll`` is what the right ones add there.
+    ``nll_text_only`` has demonstrations without pictures: what it is above ``nll`` is what pictures
+    add there, be they the right ones or not. These two are ``nll`` itself where no demonstration
+    has a picture.
 
     Args:
-        runner: scores.
+        runner: scores; is told of `PASSES` passes of each prompt.
         prompts: at least two.
         answers: token ids after each.
-        last: which pictures are exchanged, see `exchanged`.
+        wrong: which pictures are other ones in ``nll_exchanged``, see `exchanged`.
+
+    Raises:
+        ValueError: no other picture, see `other_pictures`.
     """
-    metrics, each = {}, []
-    for name, rows in {"nll": prompts, "nll_exchanged": exchanged(prompts, last)}.items():
+    settings = {
+        "nll": list(prompts),
+        "nll_exchanged": exchanged(prompts, wrong),
+        "nll_demos_exchanged": exchanged(prompts, "demonstrations"),
+        "nll_text_only": [prompt.without_demonstrated() for prompt in prompts],
+    }
+    metrics: dict[str, float] = {}
+    each: dict[str, list[float]] = {}
+    for name, rows in settings.items():
+        if name != "nll" and rows == settings["nll"]:
+            metrics[name] = metrics["nll"]
+            runner.advance(len(rows))
+            continue
         found = runner.score(rows, [[answer] for answer in answers])
         losses = -torch.cat([scores for scores, _ in found]).double()
         lengths = torch.cat([length for _, length in found])
         metrics[name] = float(losses.sum() / lengths.sum())
-        each.append((losses / lengths).tolist())
-    pairs = zip(*each, strict=True)
-    said = [f"{right:.3f} nats a token, {wrong:.3f} exchanged" for right, wrong in pairs]
+        each[name] = (losses / lengths).tolist()
+    said = [
+        ", ".join(f"{loss:.3f}{SAID[name]}" for name, loss in zip(each, row, strict=True))
+        for row in zip(*each.values(), strict=True)
+    ]
     return Outcome(metrics, said)
-
-
-def _same(text: str, truths: Sequence[str]) -> bool:
-    return _plain(text) in map(_plain, truths)
-
-
-def _plain(text: str) -> str:
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def _share(values: Sequence[bool]) -> float:

@@ -54,19 +54,34 @@ class MixtureLoader:
         """Starts after the batches that are done; another epoch starts at its start.
 
         Raises:
-            ValueError: the checkpoint belongs to other sources, or to another way to mix them.
+            ValueError: the checkpoint belongs to data that are no mixture, to other sources, or
+                to another way to mix them: from the batches done would follow other places.
         """
-        found = {key: state.get(key) for key in self._mixture()}
-        if found != self._mixture():
+        if "sources" not in state:
             raise ValueError(
-                f"found a checkpoint of the mixture {found}; expected {self._mixture()}: resume "
-                "with the sources and the mixing that the run began with"
+                "found a checkpoint of a single source; expected one of a mixture: resume with "
+                "the data_class that the run began with"
+            )
+        expected = self._mixture()
+        other = [key for key in expected if state.get(key) != expected[key]]
+        if other:
+            found = {key: state.get(key) for key in other}
+            wanted = {key: expected[key] for key in other}
+            raise ValueError(
+                f"found a checkpoint of the mixture {found}; expected {wanted}: resume with the "
+                "sources and the mixing that the run began with, each with its shards, batch_size "
+                "and num_workers, and with its trainer.devices, "
+                "trainer.accumulate_grad_batches and data.rounds_per_epoch"
             )
         if state["epoch"] == self.epoch:
             self._start = state["batches"]
 
     def _mixture(self) -> dict[str, Any]:
-        return {"sources": list(self.data.sources), "mixing": self.data.mixing}
+        return {
+            "sources": {name: source.shape() for name, source in self.data.sources.items()},
+            "mixing": self.data.mixing,
+            **self.data.turns(),
+        }
 
 
 class MixtureData(L.LightningDataModule):
@@ -174,6 +189,10 @@ class MixtureData(L.LightningDataModule):
     def batches_per_epoch(self) -> int:
         """Batches, of all sources together, in an epoch of the mixture on each rank."""
         return self._rounds() * self._turn() * len(self.sources)
+
+    def turns(self) -> dict[str, int]:
+        """Batches of a source's turn, and rounds of turns in an epoch."""
+        return {"turn": self._turn(), "rounds": self._rounds()}
 
     def trainer_options(self, accumulate: int, val_check: Any) -> dict[str, Any]:
         """Options of the trainer, which counts the batches of all sources.

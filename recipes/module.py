@@ -110,10 +110,11 @@ class CaptionModule(BridgeModule):
     def check_data(self, data: CaptionData) -> None:
         """The prompt leaves the LM's context room, and somebody reads the questions there are."""
         prompt = self.vlm.prompt
-        if data.task == "caption" and QUESTION in prompt:
+        if data.task in ("caption", "video") and QUESTION in prompt:
             raise ValueError(
-                f"found {QUESTION!r} in model.prompt {prompt!r} with data.task: caption; expected "
-                "questions for it: set data.task to instruction, or take it out of the prompt"
+                f"found {QUESTION!r} in model.prompt {prompt!r} with data.task: {data.task}; "
+                "expected questions for it: set data.task to instruction, or take it out of the "
+                "prompt"
             )
         reads = QUESTION in prompt or instruction_tokenizer(self.vlm.bridge) is not None
         if data.task == "instruction" and not reads:

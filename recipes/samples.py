@@ -22,6 +22,10 @@ EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "mp4", "npy", "txt", "json"))
 """The members that are read, beside numbered pictures (`is_member`). ``cls`` is passed over; any
 other is refused, unopened."""
 
+MAX_DEPTH = 100
+"""Levels of a sample's JSON. What is deeper can still be read, but not sent by a loader's worker,
+whose loss the run would wait out for ever."""
+
 MEMBERS = f"{', '.join(sorted(EXTENSIONS))}, and numbered pictures such as 0.jpg"
 """For messages."""
 
@@ -128,7 +132,7 @@ class CaptionDecoder:
 
     def __call__(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         rng = random.Random(raw["__seed__"]) if self.random_caption else None
-        pairs = _questions(raw) if self.questions else []
+        pairs = read_questions(raw) if self.questions else []
         if pairs:  # such a sample needs no caption of its own
             raw = {"txt": pairs[0][1].encode(), **raw}
         sample = decode_caption_sample(raw, transform=self.preprocess, rng=rng)
@@ -180,10 +184,12 @@ def read_meta(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a raw sample; empty if it has none.
 
     Raises:
-        SampleError: it is no JSON object.
+        SampleError: it is no JSON object, is nested deeper than `MAX_DEPTH`, or has half a
+            surrogate pair (``"\\ud800"``) in it, which no tokenizer and no file takes.
     """
     try:
         meta = json.loads(raw.get("json", b"{}"))
+        _check_content(meta)
     except (ValueError, RecursionError) as error:
         raise sample_error(raw, "unreadable json", f"json: {error}") from error
     if not isinstance(meta, dict):
@@ -192,28 +198,38 @@ def read_meta(raw: Mapping[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def _read_captions(raw: Mapping[str, Any], meta: dict[str, Any]) -> list[str]:
-    try:
-        text = raw.get("txt", b"").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise sample_error(raw, "unreadable caption", f"txt is not UTF-8: {error}") from error
-    listed = meta.get("captions")
-    for candidates in (listed if isinstance(listed, list) else [], [meta.get("caption")], [text]):
-        captions = [one.strip() for one in candidates if isinstance(one, str) and one.strip()]
-        if captions:
-            return captions
-    wanted = "expected a txt, or a json with 'caption' or 'captions'"
-    raise sample_error(raw, "missing caption", f"no caption; {wanted}")
+def _check_content(value: Any, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for key, content in value.items():
+            key.encode()
+            _check_content(content, depth + 1)
+    elif isinstance(value, list):
+        for content in value:
+            _check_content(content, depth + 1)
 
 
-def _questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions and answers in a sample's JSON.
+def read_text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The members txt and json of a raw sample, as far as it has them, decoded.
 
     Raises:
-        ValueError: ``qa`` is no list of objects with a question and an answer.
+        SampleError: one of them cannot be.
     """
-    meta = json.loads(raw.get("json", b"{}"))
-    listed = (meta.get("qa") or []) if isinstance(meta, dict) else []
+    text = {"txt": _read_txt(raw)} if "txt" in raw else {}
+    return {**text, "json": read_meta(raw)} if "json" in raw else text
+
+
+def read_questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Questions and answers, stripped, in the JSON of a raw sample; empty if it has none.
+
+    Raises:
+        ValueError: as `read_meta`; ``qa`` is no list of objects (or one object) with a question
+            and an answer.
+    """
+    listed = read_meta(raw).get("qa") or []
     pairs = []
     for pair in listed if isinstance(listed, list) else [listed]:
         texts = [pair.get("question"), pair.get("answer")] if isinstance(pair, dict) else []
@@ -225,6 +241,24 @@ def _questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         pairs.append((stripped[0], stripped[1]))
     return pairs
+
+
+def _read_txt(raw: Mapping[str, Any]) -> str:
+    try:
+        return raw.get("txt", b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise sample_error(raw, "unreadable caption", f"txt is not UTF-8: {error}") from error
+
+
+def _read_captions(raw: Mapping[str, Any], meta: dict[str, Any]) -> list[str]:
+    text = _read_txt(raw)
+    listed = meta.get("captions")
+    for candidates in (listed if isinstance(listed, list) else [], [meta.get("caption")], [text]):
+        captions = [one.strip() for one in candidates if isinstance(one, str) and one.strip()]
+        if captions:
+            return captions
+    wanted = "expected a txt, or a json with 'caption' or 'captions'"
+    raise sample_error(raw, "missing caption", f"no caption; {wanted}")
 
 
 def sample_error(raw: Mapping[str, Any], kind: str, problem: str) -> SampleError:

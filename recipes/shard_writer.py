@@ -112,15 +112,10 @@ class ShardSet:
         return key
 
     def add(self, split: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> None:
-        key = sample.get("__key__")
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
-            raise ValueError(
-                f"the key {key!r} of a sample; expected text without dots and backslashes, "
-                f"not beginning with a slash"
-            )
+        encoded = encode_sample(sample)
+        key = encoded["__key__"]
         if key in self.keys:
             raise ValueError(f"two samples have the key {key!r}; expected unique keys")
-        encoded = {"__key__": key, **_encode(key, sample)}
         self.keys.add(key)
         shards = self._shards.setdefault(split, [])
         if not shards or shards[-1].samples == self.samples_per_shard:
@@ -194,6 +189,21 @@ class _TarFile:
             "bytes": self.temporary.stat().st_size,
             "sha256": shard_digest(self.temporary),
         }
+
+
+def encode_sample(sample: Mapping[str, str | bytes | dict[str, Any]]) -> dict[str, Any]:
+    """A sample's key, and its members as bytes.
+
+    Raises:
+        ValueError: a bad key, or a member that `write_shards` does not take.
+    """
+    key = sample.get("__key__")
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise ValueError(
+            f"the key {key!r} of a sample; expected text without dots and backslashes, "
+            f"not beginning with a slash"
+        )
+    return {"__key__": key, **_encode(key, sample)}
 
 
 def _encode(key: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> dict[str, bytes]:

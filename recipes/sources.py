@@ -29,6 +29,16 @@ class SourceData(CaptionData):
         super().__init__(shards, **options)
         self.weight = weight
 
+    def shape(self) -> dict[str, int]:
+        """What the places of batches in this source's epochs depend on, beside its seed."""
+        assert self._train is not None
+        return {
+            "samples": self._train.total_samples,
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "ranks": self._world_size,
+        }
+
     def epoch_loader(self, number: int) -> SizedLoader:
         """The training batches of one of this source's own epochs."""
         assert self._train is not None

@@ -23,12 +23,16 @@ from recipes.samples import (
     read_caption,
     read_features,
     read_meta,
+    read_text,
     sample_error,
 )
 from recipes.video_file import VideoError, VideoFile
 
 MAX_CACHED = 256
 """Frames of one clip whose features are cached; of a longer clip, the first."""
+
+MIN_RATE, MAX_RATE = 1e-3, 1000
+"""Frames a second that a JSON may state."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,15 @@ class ClipDecoder:
 def clip_form(clips: Clips) -> CacheForm:
     """How clips are cached: every frame that `ClipDecoder` may take, up to `MAX_CACHED`."""
     spread = f"{clips.num_frames} spread" if clips.fps is None else f"{clips.fps} a second"
-    return CacheForm(f"clips, {spread}", partial(_all_frames, clips=clips))
+    most = None if clips.fps is None else MAX_CACHED
+    return CacheForm(f"clips, {spread}", partial(_all_frames, clips=clips), most)
 
 
 def _all_frames(
     raw: Mapping[str, Any], preprocess: Preprocess, *, clips: Clips
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """The frames of a clip and its text, for the feature cache."""
-    text = {"txt": raw["txt"].decode()} if "txt" in raw else {}
-    meta = {"json": read_meta(raw)} if "json" in raw else {}
-    return _frames(raw, preprocess, clips, None, MAX_CACHED), {**text, **meta}
+    """The frames of a clip and its text, for the feature cache; one too many shows a cut."""
+    return _frames(raw, preprocess, clips, None, MAX_CACHED + 1), read_text(raw)
 
 
 def _frames(
@@ -179,8 +182,9 @@ def _stored(
     if rate is None and clips.fps is not None:
         return members[clips.stretch(len(members), rng, first)]
     rate = 1.0 if rate is None else rate  # to spread them, any will do
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= 1000:
-        problem = f"fps: {str(rate)[:50]}; expected frames a second, up to 1000"
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not number or not MIN_RATE <= rate <= MAX_RATE:
+        problem = f"fps: {str(rate)[:50]}; expected frames a second, {MIN_RATE} to {MAX_RATE}"
         raise sample_error(raw, "unreadable json", problem)
     moments = clips.moments(len(members) / rate, len(members), rng, first)
     return [members[min(int(moment * rate + 1e-6), len(members) - 1)] for moment in moments]

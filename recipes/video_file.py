@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from recipes.video_tables import table_problem
+
 MAX_PIXELS = 9_000_000
 """Width × height of a frame: a little above 4096 × 2160."""
 
@@ -33,7 +35,8 @@ class VideoFile:
     """The first video stream of an mp4; a context manager.
 
     Only what stands in the bytes is read: no other demuxer is tried, and no reference to another
-    file is followed. The size of a frame is read from the header, before anything is decoded.
+    file is followed. The size of a frame, and the number of samples, are read from the header,
+    before anything is decoded.
 
     Args:
         data: the encoded file.
@@ -43,12 +46,15 @@ class VideoFile:
         num_frames: number of frames by the header; None if it states none.
 
     Raises:
-        VideoError: no mp4, no video in it, a codec not in `CODECS`, too many pixels.
+        VideoError: no mp4, no video in it, a codec not in `CODECS`, too many pixels, tables of
+            more samples than the file holds.
         ImportError: PyAV is not installed.
     """
 
     def __init__(self, data: bytes) -> None:
         av = _pyav()
+        if problem := table_problem(data):
+            raise VideoError(problem)
         try:
             self._container = av.open(
                 io.BytesIO(data), format="mp4", io_open=_refuse, metadata_errors="ignore"

@@ -152,6 +152,7 @@ def test_long_answers_are_cut_as_in_training(encoder):
     model = model_of(encoder)
     prompts = FewShotPrompts.of(model, max_answer=4)
     assert words(model, prompts([Shot("abcdefgh")])) == f"<s>{IMAGE}abc</s>{IMAGE}"
+    assert [prompts.cuts(text) for text in ("abc", "abcd")] == [False, True]
 
 
 @pytest.mark.parametrize(

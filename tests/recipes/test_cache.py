@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import tarfile
 
 import pytest
 import tiny
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from bridges.images import open_image
-from recipes.cache import FEATURES_FILE, cache_features, check_cached, mean_patches
+from recipes.cache import FEATURES_FILE, PICTURES, cache_features, check_cached, mean_patches
+from recipes.data import CaptionData
 from recipes.documents import DOCUMENTS, read_document
 from recipes.samples import decode_caption_sample
 from recipes.shard_files import shard_digest
@@ -96,6 +98,49 @@ def test_a_bad_picture_is_named(encoder, tmp_path, caplog, bad):
     assert "sample 'bad'" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"bad.json": b'{"id": "\\ud800"}'},
+        {"bad.json": b"[1]"},
+        {"bad.json": b"[" * 9999 + b"]" * 9999},
+        {"bad.txt": b"\xff"},
+        {"a.b/bad.txt": b"a dot in the key"},
+    ],
+)
+def test_what_could_not_be_written_is_left_out(encoder, tmp_path, caplog, bad):
+    png = sample(0)["png"]
+    assert isinstance(png, bytes)
+    name = next(iter(bad)).rpartition(".")[0]
+    members = {"first.png": png, "first.txt": b"c", f"{name}.png": png, **bad}
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    kept = cache_features(tmp_path, encoder, tmp_path / "cache", on_error="skip")
+    assert [s["key"] for s in read(kept)] == ["00000-first"]
+    assert f"sample '{name}'" in caplog.text
+
+
+def test_a_cache_is_read_as_what_it_was_made_for(encoder, tmp_path):
+    shards = write_shards([document(1), document(2)], tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache", form=DOCUMENTS)
+    assert cache_features(cached, encoder, tmp_path / "cache", form=DOCUMENTS) == cached
+    with pytest.raises(ValueError, match=r"features of documents .* those of single pictures"):
+        cache_features(cached, encoder, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"features of documents .* those of single pictures"):
+        CaptionData(str(cached[0])).connect(encoder, None)  # pyright: ignore[reportArgumentType]
+    # Earlier versions cached single pictures only, and named no form.
+    described = cached[0].parent / FEATURES_FILE
+    content = json.loads(described.read_text())
+    assert content.pop("form") == "documents"
+    described.write_text(json.dumps(content))
+    check_cached(cached, encoder, PICTURES)
+    with pytest.raises(ValueError, match=r"features of single pictures .* those of documents"):
+        check_cached(cached, encoder, DOCUMENTS)
+
+
 def test_keys_may_repeat_from_shard_to_shard(encoder, tmp_path):
     for name in ("train-a", "train-b"):
         write_shards([sample(0)], tmp_path / "shards" / name, "train")
@@ -134,6 +179,17 @@ def test_all_pictures_of_a_document_are_encoded_in_their_order(encoder, tmp_path
             torch.testing.assert_close(features.float(), own, rtol=1e-3, atol=1e-3)
     each = [f.float() for d in stream for f in d.images]
     torch.testing.assert_close(mean_patches(cached), torch.stack(each).mean(dim=0))
+
+
+def test_a_document_of_too_many_pictures_is_not_cached(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.documents.MAX_CACHED", 2)
+    written = [document(index) for index in (3, 2)]
+    shards = write_shards(written, tmp_path / "shards", "train")
+    with pytest.raises(ValueError, match=r"sample 'd3'.*3 pictures; expected at most 2"):
+        cache_features(shards, encoder, tmp_path / "cache", form=DOCUMENTS)
+    kept = cache_features(shards, encoder, tmp_path / "c", on_error="skip", form=DOCUMENTS)
+    stream = ShardStream(kept, read_document, seed=0, shuffle=False)
+    assert [found.key for found in stream] == ["00000-d2"]
 
 
 def test_a_broken_picture_leaves_its_document_out_of_the_cache(encoder, tmp_path, caplog):

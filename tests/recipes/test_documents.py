@@ -18,7 +18,7 @@ from bridges.loss import IGNORE
 from recipes import documents_window
 from recipes.batch import Batch, CaptionBatch
 from recipes.data import CaptionData
-from recipes.documents import Document, read_document
+from recipes.documents import DOCUMENTS, Document, read_document
 from recipes.documents_window import DocumentCollator, DocumentDecoder, Excerpt, Window, excerpt
 from recipes.samples import SampleError
 from recipes.shard_writer import write_shards
@@ -281,6 +281,24 @@ def test_only_pictures_of_the_window_are_decoded(monkeypatch):
     sample = decode(raw_of({"parts": parts}, seed="4", **members))
     assert len(sample["images"]) == 2
     assert decoded == [bytes([k]) for k in sample["excerpt"].images]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_picture_in_several_places_is_decoded_once(monkeypatch, cached):
+    decoded = []
+    monkeypatch.setattr(
+        "recipes.documents.open_image",
+        lambda data: decoded.append(data) or Image.new("RGB", (4, 4)),
+    )
+    raw = raw_of(
+        {"parts": [part for k in range(4) for part in ({"image": 0}, f"{k}")]}, _0_jpg=b"x"
+    )
+    if cached:
+        assert len(DOCUMENTS.read(raw, tiny.preprocess)[0]) == 1
+    else:
+        decode = DocumentDecoder(tiny.preprocess, encoder(), Window(), random_start=False)
+        assert len(decode(raw)["images"]) == 4
+    assert decoded == [b"x"]
 
 
 def test_the_seed_of_the_sample_draws_the_window():

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,9 +23,11 @@ from bridges.fewshot import FewShotPrompts
 from bridges.images import open_image
 from bridges.loss import IGNORE
 from bridges.prompts import CAPTION_INSTRUCTION, END_OF_CHUNK, encode_instruction
-from recipes import cli, fewshot_curve
+from recipes import cli, fewshot_curve, fewshot_documents
+from recipes.fewshot_documents import DocumentPool
+from recipes.fewshot_match import same_text
 from recipes.fewshot_pool import Pool
-from recipes.fewshot_runner import Prompt, Runner, exchanged
+from recipes.fewshot_runner import Prompt, Runner, exchanged, other_pictures
 from recipes.fewshot_tasks import Answers, Captions, Classes, Likelihood, Outcome
 from recipes.gallery import thumbnail
 from recipes.shard_writer import write_shards
@@ -118,7 +121,7 @@ def pool(model: VisionLanguageModel, shards: Path, split: str, **options: Any) -
         ("caption", {"exact_match", "object", "relation", "colour"}),
         ("vqa", {"exact_match"}),
         ("classify", {"accuracy", "accuracy_per_token"}),
-        ("nll", {"nll", "nll_exchanged"}),
+        ("nll", {"nll", "nll_exchanged", "nll_demos_exchanged", "nll_text_only"}),
     ],
 )
 def test_the_command_writes_a_curve_and_a_page(run, shards, tmp_path, capsys, task, metrics):
@@ -144,7 +147,12 @@ def test_the_command_writes_a_curve_and_a_page(run, shards, tmp_path, capsys, ta
     # 0 shots are the same for both; nothing but questions is left to chance in RICES.
     assert result["shots"]["0"]["random"] == result["shots"]["0"]["rices"]
     if task == "nll":
-        assert result["shots"]["2"]["rices"]["nll"]["std"] == 0
+        # What no seed changes has no spread to measure.
+        assert result["shots"]["2"]["rices"]["nll"]["std"] is None
+        # Without demonstrated pictures there are none to exchange or to leave out.
+        zero = result["shots"]["0"]["random"]
+        assert zero["nll_demos_exchanged"] == zero["nll_text_only"] == zero["nll"]
+        assert len({v["mean"] for v in result["shots"]["2"]["random"].values()}) == 4
         assert result["shots"]["2"]["random"]["nll"]["std"] > 0
         assert result["shots"]["2"]["random"] != result["shots"]["2"]["rices"]
     if task == "classify":
@@ -213,17 +221,22 @@ def test_too_many_shots_are_refused_before_anything_is_read(run, shards, tmp_pat
     ("options", "message"),
     [
         (["--shots=0,x"], "numbers with commas"),
-        (["--shots=1", "--support=1", "--queries=1", "--held_out={data}/train-*.tar"], "found 0 s"),
+        (["--shots=1", "--support=1", "--queries=1", "--held_out={data}/copy.tar"], "found 0 s"),
         (["--task=classify", "--labels=breed"], "as 'breed' in the JSON"),
         (["--task=classify", "--shots=0", "--classes={data}/names"], "not in"),
         (["--task=vqa", "--template=<image>"], "for questions"),
         (["--template=no picture"], "expected '<image>' in it once"),
         (["--queries=1"], "at least 2 to exchange"),
+        (["--task=documents", "--zero_shot_texts=0", "--bos=false"], "found --bos, --zero_shot_"),
+        (["--task=documents", "--template=openflamingo"], "found --template with --task doc"),
+        (["--task=documents", "--selection=rices", "--support=9"], "found --selection, --supp"),
+        (["--task=documents", "--seeds=0,1"], "found --seeds with --task documents"),
         (["--task=documents"], "unreadable document"),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_error(run, shards, tmp_path, capsys, options, message):
     (shards / "names").write_text("red\nblue\n")
+    shutil.copy(shards / "train-000000.tar", shards / "copy.tar")
     options = [option.format(data=shards) for option in options]
     shots = [] if any("shots" in option for option in options) else ["--shots=0,1"]
     assert call("--run", run, "--data", shards, "--out", tmp_path, *shots, *options) == 2
@@ -244,7 +257,7 @@ def asked(run, shards, tmp_path, monkeypatch) -> Callable[..., dict[str, list[Pr
     """Every prompt that the command asks, by setting; nothing is run."""
     seen: list[list[Prompt]] = []
 
-    def note(runner: Runner, prompts: list[Prompt], answers: Any, last: int) -> Any:
+    def note(runner: Runner, prompts: list[Prompt], answers: Any, wrong: str) -> Any:
         seen.append(prompts)
         return Outcome({"nll": 0.0}, [""] * len(prompts))
 
@@ -264,7 +277,8 @@ def test_zero_shots_have_two_demonstrations_without_images(asked, model):
         text = model.lm.tokenizer.decode(prompt.ids)
         image = "<image>" * model.bridge.num_tokens
         assert re.fullmatch(rf"<s>(Pic: cat on \w+</s>){{2}}Pic: {image}", text)
-        assert prompt.pictures == [20 + number]  # the query's alone
+        # The query's alone; the first is also that of a training sample.
+        assert prompt.pictures == [20 + number if number else 3]
     (rows,) = asked("--shots=0", "--zero_shot_texts=0")
     assert all(model.lm.tokenizer.decode(p.ids).startswith("<s>Pic: <image>") for p in rows)
     (rows,) = asked("--shots=0", "--zero_shot_texts=0", "--bos=false")
@@ -285,7 +299,7 @@ def test_rices_puts_the_most_similar_last_and_never_the_own_picture(asked, model
     similarity[0, 3] = -1
     for row, prompt in enumerate(rows):
         order = similarity[row].argsort().tolist()
-        assert prompt.pictures == [*order[-2:], 20 + row]
+        assert prompt.pictures == [*order[-2:], 20 + row if row else 3]
     # At random it is left out too.
     for rows in asked("--shots=2", "--seeds=0,1,2,3,4,5,6,7,8,9,10,11,12,13,14"):
         assert 3 not in rows[0].pictures[:-1]
@@ -332,16 +346,17 @@ def test_the_loss_is_that_of_whole_sequences(model, shards, batch_size):
     prompts = [Prompt(text([shots[r]]), [r, 20 + r]) for r in range(6)]
     outcome = task.run(runner, prompts, queries.examples)
     answers = [text.answer(query.captions[0]) for query in queries.examples]
-    for name, rows in {"nll": prompts, "nll_exchanged": exchanged(prompts, 1)}.items():
+    for name, rows in {"nll": prompts, "nll_exchanged": exchanged(prompts, "query")}.items():
         losses = [loss_of(model, runner, p, a) for p, a in zip(rows, answers, strict=True)]
         assert outcome.metrics[name] == pytest.approx(
             sum(losses) / sum(map(len, answers)), rel=1e-4
         )
     assert outcome.metrics["nll"] != outcome.metrics["nll_exchanged"]
     # The demonstrations keep their pictures.
-    wrong = [prompt.pictures for prompt in exchanged(prompts, 1)]
+    wrong = [prompt.pictures for prompt in exchanged(prompts, "query")]
     assert wrong == [*([r, 21 + r] for r in range(5)), [5, 20]]
     assert exchanged(prompts)[0].pictures == [1, 21]
+    assert exchanged(prompts, "demonstrations")[5].pictures == [0, 25]
 
 
 def test_the_class_is_the_likeliest_of_the_names(model, shards):
@@ -388,6 +403,73 @@ def test_answers_are_counted_but_for_articles_and_case(model, shards, monkeypatc
     assert metrics["object"] == pytest.approx(3 / 6)
     assert metrics["colour"] == pytest.approx(3 / 6)
     assert metrics["relation"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "same"),
+    [
+        ("The Red.", "red", True),
+        ("1,500", "1500", True),
+        ("it's 5%", "its 5", True),
+        ("red-haired", "redhaired", True),
+        ("covid-19.", "COVID19", True),
+        ("(-1)", "\N{MINUS SIGN}1", True),
+        ("15", "1.5", False),
+        ("1", "-1", False),
+        ("5", ".5", False),
+        ("12", "1/2", False),
+        ("1030", "10:30", False),
+        ("35", "3,5", False),
+        ("", "A", False),
+        ("", "!", False),
+        ("", "", False),
+        ("the", "a", False),
+        ("A.", "a", True),
+        ("!", "?", False),
+        ("!", " ! ", True),
+    ],
+)
+def test_texts_are_the_same_but_for_what_says_nothing(text: str, truth: str, same: bool):
+    assert same_text(text, ["other", truth]) is same
+    assert same_text(truth, [text]) is same
+
+
+def test_another_picture_is_never_the_same_one():
+    assert other_pictures([[1], [2], [3]]) == [[2], [3], [1]]
+    # Several captions of one picture.
+    assert other_pictures([[7], [7], [7], [8]]) == [[8], [8], [8], [7]]
+    # From the end; a row of fewer gives them again, and one of none is passed over.
+    assert other_pictures([[1, 2, 3], [4], []]) == [[4, 4, 4], [3], []]
+    with pytest.raises(ValueError, match="the same picture in the place of number 2 in all of 2"):
+        other_pictures([[1, 5], [2, 5]])
+
+
+def test_several_captions_of_one_picture_are_no_exchange(run, shards, tmp_path, capsys):
+    write_shards(
+        (scene("val", i, seed=5) | {"png": png(5, "red")} for i in range(3)), tmp_path, "val"
+    )
+    held_out = f"--held_out={tmp_path}/val-*.tar"
+    assert call("--run", run, "--data", shards, held_out, "--shots=0", "--out", tmp_path) == 2
+    assert "the same picture" in capsys.readouterr().err
+
+
+def test_a_single_question_needs_no_list(model, tmp_path):
+    sample = scene("val", 0)
+    sample["json"] = {"qa": {"question": " hue? ", "answer": "red"}}
+    write_shards([sample], tmp_path, "val")
+    assert pool(model, tmp_path, "val", questions=True).examples[0].questions == [("hue?", "red")]
+
+
+def test_captions_that_are_cut_are_counted(run, shards, tmp_path):
+    long = [scene("val", i) for i in range(3)]
+    long[1]["json"]["captions"] = ["x" * 70]
+    write_shards(long, tmp_path / "long", "val")
+    options = ["--held_out", f"{tmp_path}/long/*.tar", "--shots=0", "--zero_shot_texts=1"]
+    assert call("--run", run, "--data", shards, *options, "--out", tmp_path) == 0
+    assert result_of(tmp_path, "nll")["cut"] == {"scored": 1, "demonstrations": 0}
+    html = (tmp_path / "fewshot_nll.html").read_text()
+    assert "1 of the scored texts" in html
+    assert "demonstrated texts" not in html
 
 
 def test_an_end_that_is_not_scored(model, shards):
@@ -476,23 +558,37 @@ def test_documents_are_asked_after_ever_more_of_them(run, pages, tmp_path, capsy
         ).patches[0]
         for d in documents
     ]
+    by_metric = {
+        "nll": (0, 0),
+        "nll_exchanged": (1, 1),
+        "nll_demos_exchanged": (1, 0),
+        "nll_text_only": (None, 0),
+    }
     for shots in (0, 1, 2):
-        for metric, by in {"nll": 0, "nll_exchanged": 1}.items():
+        assert set(result["shots"][str(shots)]["document"]) == set(by_metric)
+        for metric, (before, by) in by_metric.items():
             total = count = 0
             for row, document in enumerate(documents):
                 texts = [p for p in document["json"]["parts"] if p != "hi"][1::2]
                 parts: list[Any] = []
                 for text in texts[-shots - 1 : -1]:
-                    parts += [None, text, END_OF_CHUNK]
+                    parts += [*([] if before is None else [None]), text, END_OF_CHUNK]
                 ids = encode.bos() + encode.document([*parts, None])[0]
-                prompt = Prompt(ids, list(range(2 - shots, 3)))
                 answer = encode.document([texts[-1], END_OF_CHUNK])[0]
-                runner = Runner(model, list(patches[(row + by) % 4]))
+                shown = patches[(row + by) % 4][2:]
+                if before is not None:
+                    shown = torch.cat([patches[(row + before) % 4][2 - shots : 2], shown])
+                prompt = Prompt(ids, list(range(len(shown))))
+                runner = Runner(model, list(shown))
                 total += loss_of(model, runner, prompt, answer)
                 count += len(answer)
             found = result["shots"][str(shots)]["document"][metric]["mean"]
             assert math.isclose(found, total / count, rel_tol=1e-4)
+    zero, two = (result["shots"][shots]["document"] for shots in "02")
+    assert zero["nll_text_only"] == zero["nll_demos_exchanged"] == zero["nll"]
+    assert len({value["mean"] for value in two.values()}) == 4
     html = (tmp_path / "fewshot_documents.html").read_text()
+    assert "what the right ones add" in html
     assert html.count("data:image/jpeg;base64,") == 3 * 4
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
     # The last text with the last two pictures, and with another document's in the last place.
@@ -556,3 +652,46 @@ def test_documents_longer_than_the_context_are_left_out(run, tmp_path, capsys):
     arguments = ["--run", run, "--data", tmp_path / "long", "--task=documents", "--shots=1"]
     assert call(*arguments, "--out", tmp_path) == 2
     assert "longer than the LM's context of 128" in capsys.readouterr().err
+
+
+def test_pictures_are_decoded_once_and_only_of_documents_that_are_asked(
+    model, tmp_path, monkeypatch
+):
+    """However often a document shows them."""
+    repeated, short, long = page(0, 2), page(1, 1), page(2, 2)
+    repeated["json"] = {"parts": [{"image": 0}, "a", {"image": 0}, {"image": 1}, {"image": 0}, "b"]}
+    long["json"] = {"parts": [{"image": 0}, "x" * 120, {"image": 1}, "y"]}
+    again = page(3, 1) | {"0.png": repeated["1.png"], "json": {"parts": [{"image": 0}, "c"] * 2}}
+    write_shards([short, long, repeated, again], tmp_path, "val")
+    decoded: list[tuple[str, int]] = []
+    decode = fewshot_documents.decode_picture
+
+    def note(raw: Any, document: Any, image: int) -> Image.Image:
+        decoded.append((document.key, image))
+        return decode(raw, document, image)
+
+    monkeypatch.setattr(fewshot_documents, "decode_picture", note)
+    (shard,) = tmp_path.glob("val-*")
+    found = DocumentPool.collect(
+        [shard], model.vision, model.prompt_encoder(), 9, shots=1, max_length=100
+    )
+    assert decoded == [("page-0", 0), ("page-0", 1), ("page-3", 0)]
+    assert [[c.pictures for c in chunks] for chunks in found.documents] == [
+        [[0], [0, 1, 0]],
+        [[1], [1]],  # of the other document
+    ]
+    assert len(found.patches) == 2
+    assert found.places == [(0, 0), (0, 1)]
+    assert sum(found.skipped.values()) == 2
+    assert set(found.thumbnails([shard], 2, 8)) == {0, 1}
+    # The query has three pictures of its own.
+    prompt = found.prompts(1)[0][0]
+    assert (prompt.pictures, prompt.without_demonstrated().pictures) == ([0, 0, 1, 0], [0, 1, 0])
+
+
+def test_documents_of_one_common_picture_cannot_be_exchanged(run, tmp_path, capsys):
+    pages = [page(i, 2) | {"1.png": png(1, "red")} for i in range(3)]
+    write_shards(pages, tmp_path, "val")
+    options = ["--task=documents", "--shots=0,1", "--out", tmp_path]
+    assert call("--run", run, "--data", tmp_path, *options) == 2
+    assert "found the same picture" in capsys.readouterr().err

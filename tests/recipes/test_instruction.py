@@ -19,6 +19,7 @@ from qformer.tokens import load_tokenizer
 from recipes import cli
 from recipes.batch import CaptionBatch, CaptionCollator, CaptionDecoder
 from recipes.evaluate import HeldOut, caption_nll
+from recipes.samples import SampleError, read_questions
 from recipes.shard_writer import write_shards
 from recipes.train import train
 
@@ -99,6 +100,18 @@ def test_a_sample_may_have_only_questions_or_only_captions():
         assert (sample["question"], sample["answer"]) == (None, "a cat")
     plain = CaptionDecoder(tiny.preprocess, random_caption=True)(raw_of({"caption": "c", "qa": QA}))
     assert "question" not in plain
+
+
+def test_one_question_needs_no_list():
+    assert read_questions(raw_of({"qa": QA[0]})) == read_questions(raw_of({"qa": QA[:1]}))
+    assert read_questions({}) == []
+
+
+@pytest.mark.parametrize("meta", [b"[1]", b'{"qa": "\\ud800"}', b"no json"])
+def test_questions_in_damaged_json_are_a_bad_sample(meta):
+    with pytest.raises(SampleError, match="json") as error:
+        read_questions({**raw_of({}), "json": meta})
+    assert error.value.kind == "unreadable json"
 
 
 @pytest.mark.parametrize(
@@ -251,6 +264,12 @@ def test_instruction_tuning_trains_and_answers(on_disk, tmp_path, asked, qformer
     picture[0].save(tmp_path / "a.png")
     command = ["caption", str(tmp_path / "a.png"), "--run", str(run), "--max_new_tokens=4"]
     assert cli.main(command) == 0
+
+
+def test_clips_answer_no_questions(on_disk, tmp_path, asked, qformer, capsys):
+    command = ["train", *arguments(on_disk, tmp_path / "run", asked, qformer)]
+    assert cli.main([*command, "--data.task=video"]) == 2
+    assert "with data.task: video; expected questions" in capsys.readouterr().err
 
 
 def test_prompt_and_task_must_fit(on_disk, tmp_path, asked, qformer, capsys):

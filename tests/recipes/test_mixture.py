@@ -210,8 +210,8 @@ def test_any_place_can_be_returned_to(samples, mixing, turn):
     assert len(whole) == 3 * length
     for done in range(0, 3 * length, accumulated):
         data = mixture(samples, **options)
-        state = {"epoch": done // length, "batches": done % length}
-        state |= {"sources": NAMES, "mixing": mixing}
+        state = data.train_dataloader().state_dict()
+        state |= {"epoch": done // length, "batches": done % length}
         assert epochs(data, 3, state) == whole[done:]
 
 
@@ -221,7 +221,12 @@ def test_the_state_is_what_was_handed_out(samples):
     batches = iter(loader)
     seen = [next(batches) for _ in range(7)]
     state = loader.state_dict()
-    assert state == {"epoch": 0, "batches": 7, "sources": NAMES, "mixing": "accumulate"}
+    place = {key: state[key] for key in ("epoch", "batches", "mixing", "turn", "rounds")}
+    assert place == {"epoch": 0, "batches": 7, "mixing": "accumulate", "turn": 1, "rounds": 10}
+    assert list(state["sources"]) == NAMES
+    assert state["sources"]["pairs"] == {
+        "samples": mix.SIZES["pairs"], "batch_size": 2, "num_workers": 0, "ranks": 1
+    }  # fmt: skip
     data = mixture(samples)
     assert [*seen, *epochs(data, 1, state)] == epochs(mixture(samples), 1)
     # A checkpoint of the end of an epoch: the next one starts at its start.
@@ -270,10 +275,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, mixing, wor
 
 
 def test_another_mixture_does_not_resume(run, folder, capsys):
-    for more in ("--data.sources.clips=null", "--data.mixing=round_robin"):
+    for more in (
+        "--data.sources.clips=null",
+        "--data.mixing=round_robin",
+        "--data.sources.pairs.batch_size=1",
+        "--data.sources.clips.num_workers=1",
+        f"--data.sources.clips.shards={folder / 'shards' / 'documents'}",
+        "--trainer.accumulate_grad_batches=2",
+        "--data.rounds_per_epoch=4",
+    ):
         arguments = mix.arguments(folder, run, more, "--resume=true", "--trainer.max_steps=5")
         message = refused(capsys, *arguments)
         assert "resume with the sources and the mixing" in message
+
+
+def test_a_mixture_and_a_single_source_do_not_resume_each_other(samples):
+    whole, single = mixture(samples).train_dataloader(), samples["pairs"].epoch_loader(0)
+    with pytest.raises(ValueError, match=r"checkpoint of a mixture of .*data_class"):
+        single.load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match=r"checkpoint of a single source.*data_class"):
+        whole.load_state_dict(single.state_dict())
 
 
 # --- the command line
@@ -364,6 +385,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.sources.pairs.batch_size=50"], ["source 'pairs'", "batch_size"]),
         (["--data.sources.clips.shards=nowhere-{0..1}.tar"], ["nowhere-0.tar"]),
         (["--data=nowhere"], ["nowhere/pairs"]),
+        (["--data.sources.clip=null"], ["--data.sources.clip null", "clips, documents, pairs"]),
+        (["--data.sources.clip", "null"], ["--data.sources.clip null", "clips, documents, pairs"]),
         (["--data_class=torch.nn.Linear"], ["found data_class 'torch.nn.Linear'", "MixtureData"]),
         (["--data_class=recipes.mixture.Nothing"], ["cannot be imported"]),
         (["--data"], ["without a path"]),

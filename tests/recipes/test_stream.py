@@ -501,6 +501,29 @@ def test_the_fullest_source_of_captions_wins():
     assert decode(txt=b"text", json=as_json(captions=[], caption=None))["captions"] == ["text"]
 
 
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        (b'{"caption": "half \\ud800 a pair"}', "surrogates not allowed"),
+        (b'{"caption": "c", "more": [{"\\udc00": 1}]}', "surrogates not allowed"),
+        (b'{"caption": "c", "more": ' + 200 * b"[" + 200 * b"]" + b"}", "deeper than 100"),
+        (b'{"caption": "c", "more": ' + 9999 * b"[" + 9999 * b"]" + b"}", "recursion"),
+    ],
+)
+def test_json_that_nothing_could_write_is_a_bad_sample(meta, expected):
+    """No tokenizer takes it, no file, and no queue of a loader's worker."""
+    with pytest.raises(SampleError, match=expected) as error:
+        decode(json=meta)
+    assert error.value.kind == "unreadable json"
+    assert decode(json=b'{"caption": "\\ud83d\\ude00"}')["captions"] == ["\U0001f600"]
+
+
+def test_a_caption_with_half_a_surrogate_pair_is_a_bad_sample():
+    with pytest.raises(SampleError, match="not UTF-8") as error:
+        decode(txt=b"half \xed\xa0\x80 a pair")
+    assert error.value.kind == "unreadable caption"
+
+
 def test_meta_image_and_transform():
     sample = decode(txt=b"x", json=as_json(id=3))
     assert sample["meta"] == {"id": 3}

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from recipes import video_file
 from recipes.batch import CaptionBatch
 from recipes.cache import PICTURES, cache_features
 from recipes.data import CaptionData
-from recipes.samples import SampleError
+from recipes.samples import SampleError, read_features
 from recipes.shard_writer import write_shards
+from recipes.stream import ShardStream
 from recipes.train import train
 from recipes.video import ClipDecoder, Clips, clip_form
 from recipes.video_file import VideoError, VideoFile
+from recipes.video_tables import table_problem
 
 RATE = 10
 """Frames a second of the videos here; frame k is grey k."""
@@ -121,6 +124,42 @@ def test_damaged_data_are_refused(tmp_path):
     data[len(data) // 2 : len(data) // 2 + 400] = bytes(400)
     with pytest.raises(VideoError):
         shown_at(bytes(data), [k / RATE for k in range(80)])
+
+
+def stated(data: bytes, table: bytes, at: int, *numbers: int) -> bytes:
+    """The file with other numbers in its last table of a name, so many bytes behind that."""
+    place = data.rfind(table) + at
+    packed = struct.pack(f">{len(numbers)}I", *numbers)
+    return data[:place] + packed + data[place + len(packed) :]
+
+
+@pytest.mark.parametrize(
+    ("table", "at", "numbers"),
+    [
+        (b"stsz", 8, (0, 80_000_000)),
+        (b"stsz", 8, (1, 5_000)),
+        (b"stsz", 8, (4_000_000, 30)),
+        (b"stsc", 16, (1 << 26,)),
+    ],
+)
+def test_more_samples_than_there_is_room_for_are_refused_unopened(table, at, numbers, monkeypatch):
+    data = stated(encode(5), table, at, *numbers)
+    monkeypatch.setattr(av, "open", None)
+    with pytest.raises(VideoError, match=rf"bytes, in {len(data):,} bytes; expected"):
+        VideoFile(data)
+
+
+def test_fragments_are_counted_and_pictures_are_not():
+    fragmented = encode(5, movflags="frag_keyframe+empty_moov")
+    with VideoFile(fragmented) as video:
+        assert len(list(video.frames([0.0]))) == 1
+    with pytest.raises(VideoError, match=r"80,000,00\d samples"):
+        VideoFile(stated(fragmented, b"trun", 8, 80_000_000))
+    with pytest.raises(VideoError, match="compressed"):
+        VideoFile(encode(5).replace(b"udta", b"cmov"))
+    # The same letters within the pictures are no table.
+    mdat = struct.pack(">I4s", 40, b"mdat") + b"stsz" + b"\xff" * 28
+    assert table_problem(mdat + encode(5)) is None
 
 
 def test_absurd_sizes_are_refused_before_decoding(monkeypatch):
@@ -247,6 +286,7 @@ def test_stored_frames_are_taken_by_their_own_rate():
         (raw_of(_0_png=grey(0), _2_png=grey(1)), "missing image", "no frame 1"),
         (raw_of(_0_png=b"nothing"), "unreadable image", r"0\.png: .*begins with"),
         (raw_of(_0_png=grey(0), meta={"fps": 0}), "unreadable json", "fps: 0; expected"),
+        (raw_of(_0_png=grey(0), meta={"fps": 1e-310}), "unreadable json", "fps: 1e-310; expected"),
         (raw_of(_0_png=grey(0), meta={"fps": "x"}), "unreadable json", "fps: x; expected"),
         (raw_of(_0_png=grey(0), meta={"caption": ""}), "missing caption", "no caption"),
         (raw_of(npy=b"nothing"), "unreadable features", "npy: "),
@@ -326,6 +366,21 @@ def test_a_cached_clip_keeps_every_frame_at_the_rate(encoder, shards, tmp_path):
     assert again == at_one  # how many are taken of them is a matter of reading
     with pytest.raises(ValueError, match=r"data\.task: video"):
         cache_features(shards, encoder, tmp_path, form=PICTURES)
+    with pytest.raises(ValueError, match=r"clips, 1\.0 a second .* those of clips, 2\.0 a second"):
+        cache_features(at_one, encoder, tmp_path, form=clip_form(Clips(2, 2.0)))
+
+
+@pytest.mark.parametrize(("fps", "most"), [(1.0, 4), (None, 6)])
+def test_clips_that_are_cut_in_the_cache_are_counted(
+    encoder, shards, tmp_path, monkeypatch, caplog, fps, most
+):
+    monkeypatch.setattr("recipes.video.MAX_CACHED", 4)
+    cached = cache_features(shards, encoder, tmp_path, form=clip_form(Clips(6, fps)))
+    stream = ShardStream(cached, lambda raw: len(read_features(raw, 3)), seed=0, shuffle=False)
+    assert max(stream) == most
+    cut = [text for text in caplog.messages if "are cached" in text]
+    assert len(cut) == (fps is not None)
+    assert all("6 of 17 samples have more than 4" in text for text in cut)
 
 
 def test_clips_are_trained_on_from_the_command_line(on_disk, shards, tmp_path):
