@@ -131,7 +131,7 @@ def print_rows(rows: Iterable[Mapping[str, Any]], console: Console) -> None:
             _pair(row, "flops", 1e9, ".0f"),
             _pair(row, "percent_of_peak", 1, ".0f"),
             f"{row['max_abs_loss_diff']:.1e}",
-            f"{row['max_rel_grad_diff']:.1e}",
+            "–" if row["max_rel_grad_diff"] is None else f"{row['max_rel_grad_diff']:.1e}",
         )
     console.print(table)
 

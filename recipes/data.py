@@ -259,10 +259,10 @@ class CaptionData(L.LightningDataModule):
 def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[Path]]:
     """Training and held-out shards of ``--data``; see `CaptionData`.
 
-    Of a folder, what is held out is not trained on.
+    Of a folder, what is held out is not trained on; one of held-out shards alone leaves none.
 
     Raises:
-        ShardError: as `expand_shards`; shards named for both, or none left to train on.
+        ShardError: as `expand_shards`; shards named for both.
     """
     folder = Path(shards)
     train = expand_shards(shards)
@@ -275,7 +275,7 @@ def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[
     places = {path.resolve() for path in held_out}
     both = [path for path in train if path.resolve() in places]
     left = [path for path in train if path not in both]
-    if both and (not left or not folder.is_dir()):
+    if both and ((val_shards and not left) or not folder.is_dir()):
         named = ", ".join(map(str, both[:10]))
         raise ShardError(
             f"found {len(both)} of {len(train)} shards to train on held out, too: {named}; "

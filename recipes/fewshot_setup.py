@@ -10,10 +10,9 @@ from bridges import VisionLanguageModel
 from bridges.fewshot import OPENFLAMINGO_CAPTION, OPENFLAMINGO_VQA, FewShotPrompts
 from bridges.prompts import QUESTION
 from recipes.cache import CacheForm, cache_features, check_cached
-from recipes.data import HELD_OUT_SPLITS, split_shards
+from recipes.data import split_shards
 from recipes.fewshot_pool import Pool
 from recipes.fewshot_tasks import Answers, Captions, Classes, Likelihood, Task, class_names
-from recipes.shard_files import expand_shards
 
 
 class Shards(NamedTuple):
@@ -31,17 +30,14 @@ def find_shards(
     Raises:
         ValueError: no held-out shards, or features of another encoder or form.
     """
-    if options.task == "documents":
-        train, held_out = [], _held_out(options)
-    else:
-        train, held_out = split_shards(options.data, options.held_out)
+    train, held_out = split_shards(options.data, options.held_out)
     if not held_out:
         raise ValueError(
             f"found no held-out shards in {options.data} (val-*.tar or dev-*.tar of a folder); "
             "expected some to ask about: name them with --held_out"
         )
     found = []
-    for given in (train, held_out):
+    for given in ([] if options.task == "documents" else train, held_out):
         check_cached(given, model.vision, form)
         read = given
         if options.feature_cache is not None and given:
@@ -50,14 +46,6 @@ def find_shards(
             )
         found.append(Shards(given, read))
     return found[0], found[1]
-
-
-def _held_out(options: Namespace) -> list[Path]:
-    """Held-out shards where there need be no others."""
-    if options.held_out:
-        return expand_shards(options.held_out)
-    folder = Path(options.data)
-    return [path for split in HELD_OUT_SPLITS for path in sorted(folder.glob(f"{split}-*.tar"))]
 
 
 def template_of(model: VisionLanguageModel, options: Namespace) -> str | None:

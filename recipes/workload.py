@@ -57,7 +57,8 @@ class Workload:
         ours: our way.
         reference: the way it is compared with.
         checks: how far the two differ, given the FLOPs of a step by side; must give
-            ``max_abs_loss_diff`` and ``max_rel_grad_diff``, and may give more for the row.
+            ``max_abs_loss_diff`` and ``max_rel_grad_diff`` (None where nothing is trained), and
+            may give more for the row.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Workload:
     dtype: Precision
     ours: Side
     reference: Side
-    checks: Callable[[Mapping[str, int]], dict[str, float]]
+    checks: Callable[[Mapping[str, int]], Mapping[str, float | None]]
 
 
 def measure(
@@ -117,7 +118,7 @@ def measure(
     for name in sides:
         rate = flops[name] / seconds[name] / 1e9
         row[f"{name}_percent_of_peak"] = 100 * rate / peak_gflops
-    return row | checks | {"repeats": repeats} | {f"{name}_times": times[name] for name in sides}
+    return row | dict(checks) | {"repeats": repeats} | {f"{name}_times": times[name] for name in sides}
 
 
 def count_flops(step: Callable[[], object]) -> int:
