@@ -112,7 +112,7 @@ def test_every_workload_of_decode_writes_the_same_on_both_sides():
         checks = build().checks({})
         assert checks["equal_tokens"] == 1.0, name
         assert checks["max_abs_loss_diff"] < 1e-5 > checks["max_abs_logit_diff"], name
-        assert checks["max_rel_grad_diff"] == 0.0
+        assert checks["max_rel_grad_diff"] is None  # nothing is trained
 
 
 def test_the_sides_of_decode_do_what_they_say():
