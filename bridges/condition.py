@@ -144,11 +144,11 @@ class Condition:
 
         Shape: hidden (b', t', d) -> long (b', t').
         """
-        # The text counts real images only, wherever padding images stand among them.
-        places = self.image_mask.long().argsort(dim=1, descending=True, stable=True)
-        real = self.image_mask.sum(dim=1, keepdim=True)
-        found = places.gather(1, self.index.clamp(0, places.shape[1] - 1))
-        return self._columns(found.where((self.index >= 0) & (self.index < real), -1), hidden)
+        return self._columns(self._places(), hidden)
+
+    def last_place(self, rows: int) -> Tensor:
+        """`image_place` of the prompt's last column, which all later ones repeat: long (b')."""
+        return self._expand(self._places()[:, -1], rows)
 
     def visible_images(self, hidden: Tensor, visible: Visible = "latest") -> Tensor:
         """Which real images each position reads.
@@ -226,6 +226,14 @@ class Condition:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
+
+    def _places(self) -> Tensor:
+        """Where on the image axis the image of each column of the prompt stands; -1 for none."""
+        # The text counts real images only, wherever padding images stand among them.
+        places = self.image_mask.long().argsort(dim=1, descending=True, stable=True)
+        real = self.image_mask.sum(dim=1, keepdim=True)
+        found = places.gather(1, self.index.clamp(0, places.shape[1] - 1))
+        return found.where((self.index >= 0) & (self.index < real), -1)
 
     def _columns(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The columns of (b, t) that belong to `hidden`, its rows repeated for beams."""

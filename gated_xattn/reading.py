@@ -79,8 +79,8 @@ def read_one(
     read, blind = condition.shared("one", hidden, lambda: _one_image(condition, hidden))
 
     def make_kv() -> tuple[Tensor, Tensor]:
-        k, v = _projected(attn, condition)
-        return (k, v) if read is None else (k.index_select(0, read), v.index_select(0, read))
+        kv = attn.project(as_autocast(condition.images()).flatten(0, 1))
+        return kv if read is None else _select(kv, read)
 
     out = attn(norm(hidden), condition.kept((attn, "one", hidden.shape[0]), make_kv))
     return out if blind is None else out.masked_fill(blind, 0.0)
@@ -94,16 +94,15 @@ def read_runs(
     runs: "Runs",
 ) -> Tensor:
     """Positions are grouped by image; those without one, and images nobody reads, cost nothing."""
-    if condition.keep_projections:
-        k, v = _projected(attn, condition)
-        if runs.images is not None:
-            k, v = k.index_select(0, runs.images), v.index_select(0, runs.images)
-    else:
-        memory = as_autocast(condition.images()).flatten(0, 1)
-        if runs.images is not None:
-            memory = memory.index_select(0, runs.images)
-        k, v = attn.project(memory)
-    out = attn.forward_runs(norm(runs.gather(hidden)), (k, v), runs.lengths)
+    memory = as_autocast(condition.images()).flatten(0, 1)
+    if runs.images is None:
+        kv = attn.project(memory)
+    elif hidden.shape[0] == len(condition.image_mask):
+        kv = attn.project(memory.index_select(0, runs.images))
+    else:  # beams read the same images: each is projected once for all of them
+        kv = _select(attn.project(memory), runs.images)
+    _keep_last(attn, condition, hidden, kv, runs.images)
+    out = attn.forward_runs(norm(runs.gather(hidden)), kv, runs.lengths)
     return runs.spread(out, hidden)
 
 
@@ -126,14 +125,15 @@ def read_masked(
         return seen.repeat_interleave(tokens, dim=-1)[:, None]
 
     def make_kv() -> tuple[Tensor, ...]:
-        kv = (
-            rearrange(x, "(b i) h m d -> b h (i m) d", i=images)
-            for x in _projected(attn, condition)
-        )
-        return tuple(x.repeat_interleave(hidden.shape[0] // batch, dim=0) for x in kv)
+        kv = attn.project(as_autocast(condition.images()).flatten(0, 1))
+        if visible == "latest":
+            _keep_last(attn, condition, hidden, kv, None)
+        rows = (rearrange(x, "(b i) h m d -> b h (i m) d", i=images) for x in kv)
+        return tuple(x.repeat_interleave(hidden.shape[0] // batch, dim=0) for x in rows)
 
     mask = condition.shared(("mask", visible), hidden, make_mask)
-    k, v = condition.kept((attn, "all", hidden.shape[0]), make_kv)
+    all_kept = visible == "all"  # of the latest image alone, `_keep_last` has what steps need
+    k, v = condition.kept((attn, "all", hidden.shape[0]), make_kv) if all_kept else make_kv()
     return attn(norm(hidden), (k, v), mask)
 
 
@@ -187,9 +187,44 @@ class Runs:
         return x.view(like.shape)
 
 
-def _projected(attn: Attention, condition: Condition) -> tuple[Tensor, Tensor]:
-    """Keys and values of all images of all rows: (b · i, h, m, d_head)."""
-    return condition.kept(attn, lambda: attn.project(as_autocast(condition.images()).flatten(0, 1)))
+def _keep_last(
+    attn: Attention,
+    condition: Condition,
+    hidden: Tensor,
+    kv: tuple[Tensor, Tensor],
+    images: Tensor | None,
+) -> None:
+    """At the end of a generation's prompt, keeps of each row the image that all steps will read.
+
+    The keys and values of the others are free to go.
+
+    Args:
+        attn: the attention that `kv` belongs to.
+        condition: the images.
+        hidden: (b', t', d_lm).
+        kv: (r, h, m, d_head) each.
+        images: long (r), which of all b · i images they are of; None: all of them in order.
+    """
+    rows = hidden.shape[0]
+    if (
+        not condition.keep_projections
+        or condition.start + hidden.shape[1] < condition.index.shape[1]
+    ):
+        return
+
+    def find() -> Tensor:
+        last = _first_image_of_rows(condition, rows) + condition.last_place(rows).clamp(min=0)
+        if images is None:
+            return last
+        # A row that reads none is blind at every step: any image will do for it.
+        return (images == last[:, None]).long().argmax(dim=1)
+
+    last = condition.shared("last", hidden, find)
+    condition.kept((attn, "one", rows), lambda: _select(kv, last))
+
+
+def _select(kv: tuple[Tensor, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    return kv[0].index_select(0, images), kv[1].index_select(0, images)
 
 
 def _one_image(condition: Condition, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -198,12 +233,12 @@ def _one_image(condition: Condition, hidden: Tensor) -> tuple[Tensor | None, Ten
     None for the first where the rows read the images in order; None for the second where all may.
     """
     batch, images = condition.image_mask.shape
-    place = condition.image_place(hidden)
-    blind = place[..., None] < 0  # as above: asked once a generation
+    rows = hidden.shape[0]
+    blind = condition.image_place(hidden)[..., None] < 0  # as above: asked once a generation
     blind = None if condition.keep_projections and not bool(blind.any()) else blind
-    if images == 1 and len(place) == batch:
+    if images == 1 and rows == batch:
         return None, blind
-    return _first_image_of_rows(condition, len(place)) + place.amax(dim=1).clamp(min=0), blind
+    return _first_image_of_rows(condition, rows) + condition.last_place(rows).clamp(min=0), blind
 
 
 def _first_image_of_rows(condition: Condition, rows: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bridges.condition import Condition, image_index
 from bridges.contract import LayerInsert
@@ -120,7 +121,8 @@ class Writer:
         placeholders = torch.zeros(ids.shape, dtype=torch.bool)
         placeholders[:, places] = True
         self.placeholders = placeholders.to(device)
-        self.embeddings = self.lm.get_input_embeddings()(ids.to(device)).detach()
+        self.ids = ids.to(device)
+        self.cache = DynamicCache()
         inserts = [
             LayerInsert(layer, "layer_input", inserted)
             for layer, inserted in zip(layers, self.blocks, strict=True)
@@ -129,16 +131,27 @@ class Writer:
         self.hooks = DecoderHooks(self.lm, inserts, sizes.layers)
 
     @torch.no_grad()
-    def write(self, **options: Any) -> Any:
-        """One greedy generation, with HF's ``generate``."""
+    def read_prompt(self) -> None:
+        """What comes before the first new token: the cache holds all of the prompt but its last.
+
+        That one is the first step's, whose output is the first new token.
+        """
         images = torch.ones(self.memory.shape[:2], dtype=torch.bool, device=self.memory.device)
-        index = image_index(self.placeholders, 1)
+        index = image_index(self.placeholders[:, :-1], 1)
         self.hooks.condition = Condition(self.memory, images, index, keep_projections=self.keep)
+        self.cache = DynamicCache()
+        with matmul_precision(PRECISION):
+            self.lm.model(input_ids=self.ids[:, :-1], past_key_values=self.cache)
+
+    @torch.no_grad()
+    def write(self, **options: Any) -> Any:
+        """The new tokens, greedily, with HF's ``generate``; once for each `read_prompt`."""
         try:
             with matmul_precision(PRECISION):
                 return self.lm.generate(
-                    inputs_embeds=self.embeddings,
-                    attention_mask=torch.ones_like(index),
+                    self.ids,
+                    attention_mask=torch.ones_like(self.ids),
+                    past_key_values=self.cache,
                     max_new_tokens=self.sizes.new_tokens,
                     min_new_tokens=self.sizes.new_tokens,
                     do_sample=False,
@@ -147,6 +160,12 @@ class Writer:
                 )
         finally:
             self.hooks.condition = None
+
+    def kept_bytes(self) -> int:
+        """What the images cost in memory from token to token, after `read_prompt`."""
+        condition = self.hooks.condition
+        kept = [] if condition is None else tree_leaves([*condition._kept.values()])
+        return sum(x.nbytes for x in kept)
 
 
 def decode_workloads(
@@ -173,10 +192,12 @@ def _beside_bare(name: str, sizes: Sizes, device: torch.device) -> Workload:
 
 def _workload(name: str, ours: Writer, reference: Writer) -> Workload:
     def checks(_: Mapping[str, int]) -> dict[str, float | None]:
-        written, expected = (
-            side.write(return_dict_in_generate=True, output_logits=True)
-            for side in (ours, reference)
-        )
+        kept, results = [], []
+        for side in (ours, reference):
+            side.read_prompt()
+            kept.append(side.kept_bytes())
+            results.append(side.write(return_dict_in_generate=True, output_logits=True))
+        written, expected = results
         found, wanted = (_losses(side) for side in (written, expected))
         logits = (torch.stack(side.logits) for side in (written, expected))
         return {
@@ -184,22 +205,23 @@ def _workload(name: str, ours: Writer, reference: Writer) -> Workload:
             "max_rel_grad_diff": None,
             "max_abs_logit_diff": float(torch.sub(*logits).abs().max()),
             "equal_tokens": float((written.sequences == expected.sequences).float().mean()),
+            "ours_kept_bytes": kept[0],
+            "reference_kept_bytes": kept[1],
         }
 
     shapes = asdict(ours.sizes) | {
         "gradients": "none: nothing is trained here",
         "float32_matmul_precision": PRECISION,
     }
-    one, other = (Side(side.write, lambda: None) for side in (ours, reference))
+    one, other = (Side(side.write, side.read_prompt) for side in (ours, reference))
     return Workload(name, shapes, "fp32", one, other, checks)
 
 
 def _losses(written: Any) -> Tensor:
     """Of the tokens that were written: (b, t)."""
     logits = torch.stack(written.logits, dim=1).float()
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), written.sequences.flatten(), reduction="none"
-    )
+    tokens = written.sequences[:, -logits.shape[1] :]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
 
 
 def _language_model(sizes: Sizes) -> Any:

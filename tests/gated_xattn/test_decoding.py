@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bridges.attention
 from bridges import BridgeOutput, Condition
-from gated_xattn import GatedCrossAttention
+from gated_xattn import GatedCrossAttention, reading
 
 DIM, LATENTS, PROMPT, NEW = 12, 3, 6, 4
 
@@ -31,6 +31,12 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return calls
 
 
+@pytest.fixture(params=["grouped", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to read a prompt of several images."""
+    monkeypatch.setattr(reading, "grouping_is_faster", lambda *_: request.param == "grouped")
+
+
 def block_of(**options: Any) -> GatedCrossAttention:
     torch.manual_seed(0)
     return GatedCrossAttention(DIM, DIM, num_heads=2, head_dim=5, gate_init=1.0, **options)
@@ -45,6 +51,7 @@ def calls(sizes: list[int]) -> Iterator[slice]:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("visible", ["latest", "all"])
 @pytest.mark.parametrize("sizes", [[1] * NEW, [NEW], [1, NEW - 1]])
@@ -101,6 +108,26 @@ def test_a_step_attends_to_what_it_reads(
     assert attended == [expected] * (2 * NEW)
     assert len(projections) == 2  # once a layer
     assert len(masks) == 2  # once for the prompt, once for all that follows
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("visible", "images"), [("latest", 1), ("all", 3)])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_projected_and_kept(visible: Any, images: int, beams: int):
+    block, projected = block_of(visible=visible), []
+    block.attn.k.register_forward_hook(lambda *args: projected.append(args[2].flatten(0, -2)))
+    memory = torch.randn(*IMAGE_MASK.shape, LATENTS, DIM)
+    output = BridgeOutput(memory, memory)
+    condition = Condition.of(output, PLACEHOLDERS, 1, IMAGE_MASK, keep_projections=True)
+    hidden = torch.randn(len(memory) * beams, PROMPT + 1, DIM)
+    for columns in calls([1]):
+        condition.start = columns.start
+        block(hidden[:, columns], condition)
+    (rows,) = (len(x) for x in projected)
+    assert rows <= memory.shape[:3].numel()  # no image twice, be there beams or not
+    kept = [x for kv in condition._kept.values() for x in kv]
+    assert [tuple(x.shape) for x in kept] == [(len(hidden), 2, images * LATENTS, 5)] * 2
 
 
 @pytest.mark.parametrize("visible", ["latest", "all"])

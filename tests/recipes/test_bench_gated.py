@@ -127,10 +127,13 @@ def test_the_sides_of_decode_do_what_they_say():
         for block in writer.blocks:
             assert isinstance(block, GatedCrossAttention)
             block.attn.k.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        writer.read_prompt()
+        prompt, kept = len(calls), writer.kept_bytes()
         tokens = writer.write()
-        counts.append(len(calls))
-        assert tokens.shape == (2, TINY_LM.new_tokens)
-    assert counts == [2, 2 * TINY_LM.new_tokens, 0]
+        counts.append((prompt, len(calls) - prompt, kept))
+        assert tokens.shape == (2, TINY_LM.prompt + TINY_LM.new_tokens)
+    one_image = 2 * 2 * TINY_LM.latents * 512 * 4  # keys and values, two rows
+    assert counts == [(2, 0, 2 * one_image), (2, 2 * TINY_LM.new_tokens, 0), (0, 0, 0)]
     for one, other in zip(ours.lm.parameters(), bare.lm.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -138,9 +141,9 @@ def test_the_sides_of_decode_do_what_they_say():
 def test_open_gates_change_what_is_written():
     logits = []
     for gate in (0.0, 0.5):
-        written = Writer(TINY_LM, CPU, gate=gate).write(
-            return_dict_in_generate=True, output_logits=True
-        )
+        writer = Writer(TINY_LM, CPU, gate=gate)
+        writer.read_prompt()
+        written = writer.write(return_dict_in_generate=True, output_logits=True)
         logits.append(torch.stack(written.logits))
     assert not torch.allclose(*logits)
 
