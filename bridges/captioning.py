@@ -88,4 +88,10 @@ def caption_features(
 def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return upright_rgb(image)
+    if not isinstance(image, (str, Path, bytes)):
+        raise ValueError(
+            f"found a {type(image).__name__} among the images; expected a file, encoded bytes or a "
+            "PIL image, each captioned by itself: for several images in one text, or a clip, "
+            "encode them (model.vision.encode) and call model.generate"
+        )
     return open_image(image if isinstance(image, bytes) else Path(image))

@@ -106,6 +106,14 @@ class VisionEncoder(Frozen):
         """
         device = next(self.model.parameters()).device
         clips = pixels.ndim == 6
+        if pixels.ndim not in (5, 6):
+            raise ValueError(
+                f"found pixels {tuple(pixels.shape)}; expected (b, i, 3, h, w), or clips "
+                "(b, i, f, 3, h, w): for one picture add axes with pixels[None, None]"
+            )
+        for name, mask in (("image_mask", image_mask), ("frame_mask", frame_mask)):
+            if mask is not None and mask.dtype != torch.bool:
+                raise ValueError(f"found {name} of {mask.dtype}; expected bool: call .bool() on it")
         if image_mask is None:
             image_mask = torch.ones(pixels.shape[:2], dtype=torch.bool)
         image_mask = image_mask.to(device)

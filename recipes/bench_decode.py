@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from bridges.condition import Condition, image_index
 from bridges.contract import LayerInsert
@@ -26,16 +26,18 @@ It would round every weight of the LM anew for every token.
 
 @dataclass(frozen=True)
 class Sizes:
-    """An LM of SmolLM2-135M's shape, its gated blocks, and what is to be written.
+    """An LM with random weights, its gated blocks, and what is to be written.
 
     Attributes:
+        family: of the LM, ``llama`` or ``opt``; the sizes below are SmolLM2-135M's, a Llama.
         width: of the LM.
         ff_dim: inner width of the LM's feed-forward.
         layers: of the LM.
         heads: of the LM's attention.
-        kv_heads: of the LM's keys and values.
+        kv_heads: of a Llama's keys and values.
         vocab: rows of the embedding.
         every: a gated block before every n-th LM block.
+        gated_heads: of a gated block, of width 64.
         ff_mult: a gated feed-forward is this many times wider than the LM.
         images: in the prompt of each sample.
         latents: tokens of an image.
@@ -44,6 +46,7 @@ class Sizes:
         new_tokens: written after it.
     """
 
+    family: Literal["llama", "opt"] = "llama"
     width: int = 576
     ff_dim: int = 1536
     layers: int = 30
@@ -51,6 +54,7 @@ class Sizes:
     kv_heads: int = 3
     vocab: int = 49152
     every: int = 4
+    gated_heads: int = 8
     ff_mult: float = 4.0
     images: int = 1
     latents: int = 64
@@ -59,21 +63,25 @@ class Sizes:
     new_tokens: int = 24
 
 
+SMOLLM2 = Sizes()
+OPT = Sizes("opt", 768, 3072, layers=12, heads=12, vocab=50272, every=1, gated_heads=12)
+"""OPT-125M with a gated block of the LM's own heads before every block."""
+
 REPROJECTED = {
-    f"{name}-every{every}": replace(sizes, every=every)
-    for every in (4, 1)
-    for name, sizes in {
-        "1-image": Sizes(),
-        "5-images": Sizes(images=5),
-        "5-images-b8": Sizes(images=5, batch=8, new_tokens=12),
-    }.items()
+    f"{lm}-{name}": replace(sizes, images=images, batch=batch, new_tokens=new_tokens)
+    for lm, sizes in {"opt-125m-every1": OPT, "smollm2-135m-every4": SMOLLM2}.items()
+    for name, images, batch, new_tokens in (
+        ("1-image", 1, 1, 24),
+        ("5-images", 5, 1, 24),
+        ("5-images-b8", 5, 8, 12),
+    )
 }
 """Beside the same blocks where the images are projected again at every token."""
 
 BARE = {
     # The gated feed-forward of the shipped `gated_xattn_small`, and Flamingo's.
-    "smollm2-135m-every4": Sizes(ff_mult=1.0, new_tokens=48),
-    "smollm2-135m-every4-ff4": Sizes(new_tokens=48),
+    "smollm2-135m-every4": replace(SMOLLM2, ff_mult=1.0, new_tokens=48),
+    "smollm2-135m-every4-ff4": replace(SMOLLM2, new_tokens=48),
 }
 """Beside the LM without gated blocks."""
 
@@ -114,8 +122,9 @@ class Writer:
             self.memory = torch.randn(shape).to(device)
             layers = range(0, sizes.layers, sizes.every)
             ff_dim = int(sizes.ff_mult * sizes.width)
+            options = {"num_heads": sizes.gated_heads, "ff_dim": ff_dim, "gate_init": gate}
             self.blocks = nn.ModuleList(
-                block(sizes.width, sizes.width, ff_dim=ff_dim, gate_init=gate) for _ in layers
+                block(sizes.width, sizes.width, **options) for _ in layers
             ).to(device)
         places = torch.arange(sizes.images) * (sizes.prompt // sizes.images)
         placeholders = torch.zeros(ids.shape, dtype=torch.bool)
@@ -141,7 +150,7 @@ class Writer:
         self.hooks.condition = Condition(self.memory, images, index, keep_projections=self.keep)
         self.cache = DynamicCache()
         with matmul_precision(PRECISION):
-            self.lm.model(input_ids=self.ids[:, :-1], past_key_values=self.cache)
+            self.lm.get_decoder()(input_ids=self.ids[:, :-1], past_key_values=self.cache)
 
     @torch.no_grad()
     def write(self, **options: Any) -> Any:
@@ -225,7 +234,17 @@ def _losses(written: Any) -> Tensor:
 
 
 def _language_model(sizes: Sizes) -> Any:
-    config = LlamaConfig(
+    if sizes.family == "opt":
+        opt = OPTConfig(
+            hidden_size=sizes.width,
+            word_embed_proj_dim=sizes.width,
+            ffn_dim=sizes.ff_dim,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            vocab_size=sizes.vocab,
+        )
+        return OPTForCausalLM(opt).eval().requires_grad_(False)
+    llama = LlamaConfig(
         hidden_size=sizes.width,
         intermediate_size=sizes.ff_dim,
         num_hidden_layers=sizes.layers,
@@ -234,4 +253,4 @@ def _language_model(sizes: Sizes) -> Any:
         vocab_size=sizes.vocab,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(llama).eval().requires_grad_(False)

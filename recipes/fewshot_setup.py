@@ -13,6 +13,7 @@ from recipes.cache import CacheForm, cache_features, check_cached
 from recipes.data import split_shards
 from recipes.fewshot_pool import Pool
 from recipes.fewshot_tasks import Answers, Captions, Classes, Likelihood, Task, class_names
+from recipes.shard_files import expand_shards
 
 
 class Shards(NamedTuple):
@@ -30,7 +31,10 @@ def find_shards(
     Raises:
         ValueError: no held-out shards, or features of another encoder or form.
     """
-    train, held_out = split_shards(options.data, options.held_out)
+    if options.task == "documents" and options.held_out:  # nothing is trained on or drawn from
+        train, held_out = [], expand_shards(options.held_out)
+    else:
+        train, held_out = split_shards(options.data, options.held_out)
     if not held_out:
         raise ValueError(
             f"found no held-out shards in {options.data} (val-*.tar or dev-*.tar of a folder); "

@@ -33,7 +33,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
 
 def write_shards(
     samples: Iterable[Mapping[str, str | bytes | dict[str, Any]]],
-    out: Path,
+    out: str | Path,
     split: str,
     *,
     samples_per_shard: int = 1000,
@@ -54,6 +54,7 @@ def write_shards(
         ValueError: No samples, a bad or repeated key, a member of another kind, or the split's
             shards exist and ``overwrite`` is not set.
     """
+    out = Path(out)
     with ShardSet(out, samples_per_shard, overwrite, only=split) as shards:
         for sample in samples:
             shards.add(split, sample)

@@ -118,7 +118,9 @@ def measure(
     for name in sides:
         rate = flops[name] / seconds[name] / 1e9
         row[f"{name}_percent_of_peak"] = 100 * rate / peak_gflops
-    return row | dict(checks) | {"repeats": repeats} | {f"{name}_times": times[name] for name in sides}
+    return (
+        row | dict(checks) | {"repeats": repeats} | {f"{name}_times": times[name] for name in sides}
+    )
 
 
 def count_flops(step: Callable[[], object]) -> int:

@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from recipes.documents import read_document
+from recipes.stream import ShardStream
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -60,6 +64,18 @@ def test_the_blip2_page_goes_through_all_recipes():
     trained = [line[line.index("--config") + 1] for line in lines if line[1] == "train"]
     assert {"blip2_stage1_small", "blip2_stage2_small", "instructblip_small"} < set(trained)
     assert "minigpt4_small" in trained
+
+
+def test_the_documents_of_the_flamingo_page(tmp_path, monkeypatch):
+    text = (DOCS / "flamingo.md").read_text(encoding="utf-8")
+    example = text.split("<!-- test: documents-example -->\n```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20), "red").save("picture.jpg")
+    exec(compile(example, "flamingo.md", "exec"), {})
+    stream = ShardStream("own/documents", read_document, seed=0, shuffle=False)
+    documents = list(stream)
+    assert len(documents) == 100
+    assert documents[0].parts == (0, "a red card", 1, "the same card again")
 
 
 @pytest.mark.slow

@@ -78,3 +78,8 @@ def test_a_picture_is_seen_alike_however_it_comes(model: VisionLanguageModel, ki
     assert first.tobytes() == second.tobytes()
     if kind == "sideways":
         assert first.size == (5, 9)
+
+
+def test_several_images_of_one_text_are_no_image(model: VisionLanguageModel):
+    with pytest.raises(ValueError, match=r"found a list among the images.*model\.generate"):
+        caption(model, [[noise(3, 3), noise(3, 3)]])  # pyright: ignore[reportArgumentType]

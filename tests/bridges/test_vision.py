@@ -251,3 +251,12 @@ def test_the_default_encoder_squashes_to_its_square():
     white = preprocess(Image.new("RGB", (20, 10), "white"))
     assert white.shape == (3, 6, 6)
     assert white.unique().tolist() == [1.0]
+
+
+def test_pixels_and_masks_of_another_form_are_refused():
+    vision = tiny.vision_encoder()
+    with pytest.raises(ValueError, match=r"pixels \(3, 12, 12\); expected"):
+        vision.encode(torch.zeros(3, 12, 12))
+    clips = torch.zeros(1, 1, 2, 3, 12, 12)
+    with pytest.raises(ValueError, match=r"frame_mask of torch.int64; expected bool"):
+        vision.encode(clips, frame_mask=torch.ones(1, 1, 2, dtype=torch.long))

@@ -107,7 +107,9 @@ def test_weights_are_paired_by_prefix():
 
 def test_every_workload_of_decode_writes_the_same_on_both_sides():
     for name, build in decode_workloads(
-        CPU, {"reprojected": TINY_LM}, {"bare": replace(TINY_LM, every=1)}
+        CPU,
+        {"reprojected": TINY_LM, "opt": replace(TINY_LM, family="opt")},
+        {"bare": replace(TINY_LM, every=1)},
     ).items():
         checks = build().checks({})
         assert checks["equal_tokens"] == 1.0, name
@@ -148,9 +150,13 @@ def test_open_gates_change_what_is_written():
     assert not torch.allclose(*logits)
 
 
-def test_decode_has_the_shape_of_smollm2():
-    lm = bench_decode._language_model(bench_decode.Sizes(vocab=64, layers=1))
-    attention = lm.model.layers[0].self_attn
-    assert attention.q_proj.weight.shape == (576, 576)
-    assert attention.k_proj.weight.shape == (192, 576)
-    assert lm.model.layers[0].mlp.up_proj.weight.shape == (1536, 576)
+def test_decode_has_the_shapes_of_smollm2_and_opt():
+    layer = bench_decode._language_model(replace(bench_decode.SMOLLM2, vocab=64, layers=1))
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (576, 576)
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == (192, 576)
+    assert shapes["model.layers.0.mlp.up_proj.weight"] == (1536, 576)
+    layer = bench_decode._language_model(replace(bench_decode.OPT, vocab=64, layers=1))
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["model.decoder.layers.0.self_attn.k_proj.weight"] == (768, 768)
+    assert shapes["model.decoder.layers.0.fc1.weight"] == (3072, 768)
