@@ -31,7 +31,7 @@ BLIP2 = {
 FLAMINGO = {
     "scenes": ["--train=60", "--val=24"],
     "train": [*FEWER_STEPS, "--data.sources.documents.max_tokens=64"],
-    "fewshot": ["--queries=4", "--support=40"],
+    "fewshot": ["--queries=4"],
 }
 
 
