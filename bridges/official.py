@@ -7,11 +7,28 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+FlamingoForm = Literal["idefics", "openflamingo"]
+"""HF's ``Idefics…`` folder or OpenFlamingo's ``.pt``."""
+
+FLAMINGO_FILES = "an OpenFlamingo .pt file or the folder of a Hugging Face Idefics model"
+"""What a path to either should be, for messages."""
+
+FLAMINGO_HEAD_DIM = 64
+"""Width of every attention head of OpenFlamingo, whose files do not say it."""
+
+
+class FlamingoRow(NamedTuple):
+    """One parameter or module; None where a form has no place for it."""
+
+    ours: str
+    idefics: str | None
+    openflamingo: str | None
 
 
 def read_pickle(path: Path, *, inside: str, expected: str) -> dict[str, Tensor]:

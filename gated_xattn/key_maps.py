@@ -6,35 +6,24 @@ A row names a parameter, or a module whose parameters keep their names. Our side
 """
 
 import re
-from typing import Literal, NamedTuple
 
-Form = Literal["idefics", "openflamingo"]
-"""HF's ``Idefics…`` folder or OpenFlamingo's ``.pt``."""
-
-
-class Row(NamedTuple):
-    """One parameter or module; None where a form has no place for it."""
-
-    ours: str
-    idefics: str | None
-    openflamingo: str | None
-
+from bridges.official import FlamingoForm, FlamingoRow
 
 BLOCK = (
-    Row("attn_norm", "input_layernorm", "attn.norm"),
-    Row("attn.q", "cross_attn.q_proj", "attn.to_q"),
-    Row("attn.k", "cross_attn.k_proj", None),
-    Row("attn.v", "cross_attn.v_proj", None),
-    Row("attn.kv", None, "attn.to_kv"),  # one matrix there: keys, then values
-    Row("attn.out", "cross_attn.o_proj", "attn.to_out"),
-    Row("attn.q_norm", "cross_attn.q_layer_norm", None),
-    Row("attn.k_norm", "cross_attn.k_layer_norm", None),
-    Row("attn_gate", "alpha_cross_attn", "attn_gate"),
-    Row("ff_norm", "post_attention_layernorm", "ff.0"),
-    Row("ff.up", "mlp.up_proj", "ff.1"),
-    Row("ff.gate", "mlp.gate_proj", None),
-    Row("ff.out", "mlp.down_proj", "ff.3"),
-    Row("ff_gate", "alpha_dense", "ff_gate"),
+    FlamingoRow("attn_norm", "input_layernorm", "attn.norm"),
+    FlamingoRow("attn.q", "cross_attn.q_proj", "attn.to_q"),
+    FlamingoRow("attn.k", "cross_attn.k_proj", None),
+    FlamingoRow("attn.v", "cross_attn.v_proj", None),
+    FlamingoRow("attn.kv", None, "attn.to_kv"),  # one matrix there: keys, then values
+    FlamingoRow("attn.out", "cross_attn.o_proj", "attn.to_out"),
+    FlamingoRow("attn.q_norm", "cross_attn.q_layer_norm", None),
+    FlamingoRow("attn.k_norm", "cross_attn.k_layer_norm", None),
+    FlamingoRow("attn_gate", "alpha_cross_attn", "attn_gate"),
+    FlamingoRow("ff_norm", "post_attention_layernorm", "ff.0"),
+    FlamingoRow("ff.up", "mlp.up_proj", "ff.1"),
+    FlamingoRow("ff.gate", "mlp.gate_proj", None),
+    FlamingoRow("ff.out", "mlp.down_proj", "ff.3"),
+    FlamingoRow("ff_gate", "alpha_dense", "ff_gate"),
 )
 """One gated block. HF's gates are (1) or (1, 1, d), ours and OpenFlamingo's are vectors."""
 
@@ -72,7 +61,7 @@ IDEFICS_LEFT = {
 """Beginnings of the keys of HF's Idefics that belong to the frozen ends."""
 
 
-def block_map(form: Form, number: int) -> list[tuple[str, str]]:
+def block_map(form: FlamingoForm, number: int) -> list[tuple[str, str]]:
     """Pairs (ours, theirs) of one gated block; theirs begins behind its number in the file."""
     return [
         (f"blocks.{number}.{row.ours}", theirs)

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from bridges.language import LanguageModel
 from bridges.model import VisionLanguageModel
-from bridges.official import check_fits, some, take
+from bridges.official import FLAMINGO_HEAD_DIM, check_fits, some, take
 from gated_xattn.bridge import GatedXAttn
 from gated_xattn.key_maps import END_OF_CHUNK
 from gated_xattn.layers import GatedCrossAttention
 from gated_xattn.official_files import OfficialFlamingo, read_flamingo
-
-FLAMINGO_HEAD_DIM = 64
-"""Width of a head in every OpenFlamingo; a state dict does not tell it."""
 
 
 def load_openflamingo(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bridges.language import LanguageModel
 from bridges.official import (
+    FLAMINGO_FILES,
+    FlamingoForm,
     read_config,
     read_pickle,
     read_safetensors,
@@ -23,13 +25,10 @@ from gated_xattn.key_maps import (
     IDEFICS_BLOCKS,
     IDEFICS_LEFT,
     OLD_HEAD,
-    Form,
     block_map,
 )
 
-EXPECTED = "an OpenFlamingo .pt file or the folder of a Hugging Face Idefics model"
-
-RESAMPLER: dict[Form, str] = {
+RESAMPLER: dict[FlamingoForm, str] = {
     "idefics": "model.perceiver_resampler.",
     "openflamingo": "perceiver.",
 }
@@ -82,7 +81,7 @@ class OfficialFlamingo:
     """
 
     path: Path
-    form: Form
+    form: FlamingoForm
     state: dict[str, Tensor]
     layers: list[int]
     words: Words
@@ -99,7 +98,9 @@ def is_flamingo(path: str | Path) -> bool:
     path = Path(path)
     if not path.is_dir():
         try:
-            state = unwrapped(read_pickle(path, inside="model_state_dict", expected=EXPECTED), path)
+            state = unwrapped(
+                read_pickle(path, inside="model_state_dict", expected=FLAMINGO_FILES), path
+            )
         except ValueError:
             return False
         return any(name.startswith("lang_encoder.") for name in state)
@@ -163,7 +164,7 @@ def _read_folder(path: Path) -> OfficialFlamingo:
 
 
 def _read_file(path: Path, lm: LanguageModel) -> OfficialFlamingo:
-    raw = read_pickle(path, inside="model_state_dict", expected=EXPECTED)
+    raw = read_pickle(path, inside="model_state_dict", expected=FLAMINGO_FILES)
     found = unwrapped(raw, path)
     own = {name for name, _ in lm.model.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in lm.model.named_buffers()}
@@ -205,7 +206,7 @@ def _read_file(path: Path, lm: LanguageModel) -> OfficialFlamingo:
 
 
 def _our_names(
-    blocks: Mapping[tuple[int, str], Tensor], form: Form, unknown: list[str], where: Path
+    blocks: Mapping[tuple[int, str], Tensor], form: FlamingoForm, unknown: list[str], where: Path
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Gated blocks by our names, and their numbers in the file.
 
@@ -232,7 +233,7 @@ def _our_names(
             "official checkpoint and the LM that it was trained with, or remove these keys"
         )
     if not numbers:
-        raise ValueError(f"found no gated cross-attention in {where}; expected {EXPECTED}")
+        raise ValueError(f"found no gated cross-attention in {where}; expected {FLAMINGO_FILES}")
     return state, numbers
 
 

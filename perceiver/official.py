@@ -6,11 +6,15 @@ Every key of a resampler is taken, or is an error; the other parts of a model ar
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from bridges.official import (
+    FLAMINGO_FILES,
+    FLAMINGO_HEAD_DIM,
+    FlamingoForm,
+    FlamingoRow,
     check_fits,
     read_config,
     read_pickle,
@@ -23,56 +27,39 @@ from bridges.official import (
 )
 from perceiver.resampler import PerceiverLayer, PerceiverResampler
 
-Form = Literal["idefics", "openflamingo"]
-"""HF's ``Idefics…`` folder or OpenFlamingo's ``.pt``, see `bridges.official`."""
-
-
-class Row(NamedTuple):
-    """One parameter or module; None where a form has no place for it."""
-
-    ours: str
-    idefics: str | None
-    openflamingo: str | None
-
-
 TOP = (
-    Row("latents", "latents", "latents"),
-    Row("time_embedding", None, "frame_embs"),
-    Row("norm", "layer_norm", "norm"),
+    FlamingoRow("latents", "latents", "latents"),
+    FlamingoRow("time_embedding", None, "frame_embs"),
+    FlamingoRow("norm", "layer_norm", "norm"),
 )
 
 LAYER = (
-    Row("features_norm", "0.context_layer_norm", "0.norm_media"),
-    Row("latents_norm", "0.latents_layer_norm", "0.norm_latents"),
-    Row("attention.q", "0.q_proj", "0.to_q"),
-    Row("attention.k", "0.k_proj", None),
-    Row("attention.v", "0.v_proj", None),
-    Row("attention.kv", None, "0.to_kv"),  # one matrix there: keys, then values
-    Row("attention.out", "0.output_proj", "0.to_out"),
-    Row("attention.q_norm", "0.q_layer_norm", None),
-    Row("attention.k_norm", "0.k_layer_norm", None),
-    Row("ff_norm", "1.ln", "1.0"),
-    Row("ff.up", "1.fc", "1.1"),
-    Row("ff.out", "1.c_proj", "1.3"),
+    FlamingoRow("features_norm", "0.context_layer_norm", "0.norm_media"),
+    FlamingoRow("latents_norm", "0.latents_layer_norm", "0.norm_latents"),
+    FlamingoRow("attention.q", "0.q_proj", "0.to_q"),
+    FlamingoRow("attention.k", "0.k_proj", None),
+    FlamingoRow("attention.v", "0.v_proj", None),
+    FlamingoRow("attention.kv", None, "0.to_kv"),  # one matrix there: keys, then values
+    FlamingoRow("attention.out", "0.output_proj", "0.to_out"),
+    FlamingoRow("attention.q_norm", "0.q_layer_norm", None),
+    FlamingoRow("attention.k_norm", "0.k_layer_norm", None),
+    FlamingoRow("ff_norm", "1.ln", "1.0"),
+    FlamingoRow("ff.up", "1.fc", "1.1"),
+    FlamingoRow("ff.out", "1.c_proj", "1.3"),
 )
 """One layer; in both forms a pair of attention (0) and feed-forward (1)."""
 
-PREFIX: dict[Form, str] = {
+PREFIX: dict[FlamingoForm, str] = {
     "idefics": "model.perceiver_resampler.",
     "openflamingo": "perceiver.",
 }
 
-LAYERS: dict[Form, str] = {"idefics": "blocks", "openflamingo": "layers"}
+LAYERS: dict[FlamingoForm, str] = {"idefics": "blocks", "openflamingo": "layers"}
 
-EXPECTED = "an OpenFlamingo .pt file or the folder of a Hugging Face Idefics model"
-
-FLAMINGO_HEAD_DIM = 64
-"""Width of a head in every OpenFlamingo; a state dict does not tell it."""
-
-ACTIVATION: dict[Form, type[nn.Module]] = {"idefics": nn.ReLU, "openflamingo": nn.GELU}
+ACTIVATION: dict[FlamingoForm, type[nn.Module]] = {"idefics": nn.ReLU, "openflamingo": nn.GELU}
 
 
-def key_map(form: Form, depth: int) -> list[tuple[str, str]]:
+def key_map(form: FlamingoForm, depth: int) -> list[tuple[str, str]]:
     """Pairs (ours, theirs) of names of parameters and modules, without `PREFIX`."""
     pairs = [(row.ours, theirs) for row in TOP if (theirs := getattr(row, form)) is not None]
     for layer in range(depth):
@@ -186,11 +173,13 @@ def idefics_form(resampler: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor
     return config, state
 
 
-def _read(path: Path) -> tuple[Form, dict[str, Tensor], dict[str, str], tuple[int, int] | None]:
+def _read(
+    path: Path,
+) -> tuple[FlamingoForm, dict[str, Tensor], dict[str, str], tuple[int, int] | None]:
     """Form, weights of the resampler, keys left out, and heads and their width if known."""
     reason = "no part of the resampler; see gated_xattn.official"
     if path.is_dir():
-        form: Form = "idefics"
+        form: FlamingoForm = "idefics"
         config = read_config(path, "idefics")
         perceiver = config.perceiver_config
         heads = (perceiver.resampler_n_heads, perceiver.resampler_head_dim)
@@ -202,7 +191,7 @@ def _read(path: Path) -> tuple[Form, dict[str, Tensor], dict[str, str], tuple[in
     else:
         form, heads, left = "openflamingo", None, {}
         state = {}
-        raw = read_pickle(path, inside="model_state_dict", expected=EXPECTED)
+        raw = read_pickle(path, inside="model_state_dict", expected=FLAMINGO_FILES)
         for key, tensor in unwrapped(raw, path).items():
             if key.startswith(PREFIX[form]):
                 state[key] = tensor
@@ -216,7 +205,7 @@ def _read(path: Path) -> tuple[Form, dict[str, Tensor], dict[str, str], tuple[in
 
 
 def _check_settings(
-    resampler: PerceiverResampler, form: Form, heads: tuple[int, int] | None, where: Path
+    resampler: PerceiverResampler, form: FlamingoForm, heads: tuple[int, int] | None, where: Path
 ) -> None:
     """What no shape shows: heads, activation, norms, heads of keys."""
     layer = resampler.layers[0]

@@ -1,7 +1,6 @@
 """The workloads of `bridges bench gated_xattn`: gated cross-attention beside two references."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -49,7 +48,7 @@ def gated_workloads(
         "block-bf16": (block, large, "bf16"),
         "block-flamingo-pytorch-fp32": (flamingo_pytorch, other, "fp32"),
     }
-    return {name: partial(_workload, name, *way, device) for name, way in ways.items()}
+    return {name: partial(pair_workload, name, *way, device) for name, way in ways.items()}
 
 
 def core(sizes: Sizes, device: torch.device, dtype: Precision) -> Pair:
@@ -203,13 +202,3 @@ def _block(sizes: Sizes, device: torch.device) -> GatedCrossAttention:
             gate_init=0.5,
         )
     return block.to(device)
-
-
-def _workload(
-    name: str,
-    way: Callable[[Sizes, torch.device, Precision], Pair],
-    sizes: Sizes,
-    dtype: Precision,
-    device: torch.device,
-) -> Workload:
-    return pair_workload(name, asdict(sizes), dtype, lambda kind: way(sizes, device, kind))

@@ -1,7 +1,7 @@
 """Two modules with the same weights, forward and backward from the same inputs, as a workload."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -79,10 +79,22 @@ class Pair:
 
 
 def pair_workload(
-    name: str, shapes: dict[str, Any], dtype: Precision, build: Callable[[Precision], Pair]
+    name: str,
+    way: Callable[[Any, torch.device, Precision], Pair],
+    sizes: Any,
+    dtype: Precision,
+    device: torch.device,
 ) -> Workload:
-    """The workload of a pair; in bf16 its differences are shown in fp32 as well."""
-    pair = build(dtype)
+    """The workload of a pair; in bf16 its differences are shown in fp32 as well.
+
+    Args:
+        name: of the workload.
+        way: makes the pair of sizes, a device and a dtype.
+        sizes: a dataclass.
+        dtype: in which matrices are multiplied.
+        device: where it computes.
+    """
+    pair = way(sizes, device, dtype)
 
     def checks(_: Mapping[str, int]) -> dict[str, float]:
         loss, gradient = pair.differences()
@@ -93,13 +105,13 @@ def pair_workload(
         }
         if dtype == "fp32":
             return found
-        exact = build("fp32")
+        exact = way(sizes, device, "fp32")
         loss, gradient = exact.differences()
         return found | {"max_abs_loss_diff_fp32": loss, "max_rel_grad_diff_fp32": gradient}
 
     ours = Side(lambda: pair.step(pair.ours), pair.zero)
     reference = Side(lambda: pair.step(pair.reference), pair.zero)
-    return Workload(name, shapes, dtype, ours, reference, checks)
+    return Workload(name, asdict(sizes), dtype, ours, reference, checks)
 
 
 def twice(*inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -71,7 +71,7 @@ def perceiver_workloads(
         sizes = Sizes(**(asdict(sizes) | {"media": many * sizes.media}))
         for dtype in ("bf16",) if device.type == "cuda" else ("fp32", "bf16"):
             key = f"{name}-{dtype}"
-            builders[key] = partial(_workload, key, way, sizes, dtype, device)
+            builders[key] = partial(pair_workload, key, way, sizes, dtype, device)
     return builders
 
 
@@ -224,13 +224,3 @@ def _pair(
     shape = (len(features.patches), mine.num_tokens, mine.dim)
     gradient = torch.randn(shape, generator=random).to(features.patches.device)
     return Pair(lambda: mine(features)[:, 0], reference, leaves, gradient, dtype != "fp32")
-
-
-def _workload(
-    name: str,
-    way: Callable[[Sizes, torch.device, Precision], Pair],
-    sizes: Sizes,
-    dtype: Precision,
-    device: torch.device,
-) -> Workload:
-    return pair_workload(name, asdict(sizes), dtype, lambda kind: way(sizes, device, kind))
