@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "shards": ("recipes.commands", "shards", "make webdataset shards of pictures and captions"),
+    "shards": ("recipes.commands", "shards", "make, index or verify webdataset shards"),
     "scenes": ("recipes.commands", "scenes", "draw emoji scenes as shards, to try a recipe on"),
+    "cache": ("recipes.cache_command", "main", "compute a frozen encoder's features once"),
     "train": ("recipes.train", "main", "train a bridge from a YAML"),
     "caption": ("recipes.commands", "caption", "caption pictures with a trained bridge"),
     "retrieve": (
@@ -23,6 +24,11 @@ COMMANDS = {
     "attention": ("recipes.attention", "main", "draw what words, or a Q-Former's queries, look at"),
     "export": ("recipes.export", "main", "write a trained bridge as a Hugging Face folder"),
     "bench": ("recipes.bench", "main", "measure ours beside a reference, in one process"),
+    "reliability": (
+        "recipes.reliability",
+        "main",
+        "kill, damage and attack the data plane, and count what is lost",
+    ),
     "demo": ("recipes.demo", "main", "train two bridges on emoji scenes and write a report"),
 }
 
