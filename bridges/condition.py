@@ -1,7 +1,7 @@
 """What the layers inserted into the LM know of the images while the LM runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -30,8 +30,8 @@ def image_index(
         num_tokens: placeholders of an image.
         segments: long (b, t), the sample that each column of a packed row belongs to: no column
             has an image of another sample. None: a row is one sample.
-        next_image: bool (b), rows whose columns have the first image at or after them instead,
-            and the last one where none follows. None: no row.
+        next_image: bool (b) or (b, t), rows or columns that have the first image at or after
+            them instead, and the last one where none follows. None: no row.
 
     Shape: bool (b, t) -> long (b, t).
 
@@ -42,7 +42,8 @@ def image_index(
     index = torch.div(seen - 1, num_tokens, rounding_mode="floor")
     if next_image is not None:
         begun = torch.div(seen - placeholders.long(), num_tokens, rounding_mode="floor")
-        index = torch.where(next_image.to(index.device)[:, None], begun.minimum(stop - 1), index)
+        following = next_image.to(index.device).view(len(index), -1)
+        index = torch.where(following, begun.minimum(stop - 1), index)
     return index.masked_fill(index < first, -1)
 
 
@@ -64,6 +65,40 @@ def _images_of_samples(
     after = seen.where(torch.cat([border, edge], dim=1), torch.iinfo(seen.dtype).max)
     first, stop = before.cummax(dim=1).values, after.flip(1).cummin(dim=1).values.flip(1)
     return first // num_tokens, stop // num_tokens
+
+
+def packed_images(
+    output: "BridgeOutput",
+    image_mask: Tensor,
+    placeholders: Tensor,
+    num_tokens: int,
+    segments: Tensor,
+) -> tuple["BridgeOutput", Tensor]:
+    """What a bridge made of the images of samples, for the rows that the samples are packed into.
+
+    Args:
+        output: of s samples.
+        image_mask: bool (s, i).
+        placeholders: bool (b, t), those of the samples in their order.
+        num_tokens: placeholders of an image.
+        segments: long (b, t), the sample of each column.
+
+    Returns:
+        The output, its memory (b, i', m, d_memory) and its `next_image` (b, t), and the mask of
+        the rows' images, bool (b, i').
+    """
+    counts = placeholders.sum(dim=1, keepdim=True) // num_tokens
+    most = max(1, int(counts.max()))
+    rows = torch.arange(most, device=counts.device) < counts
+    memory, following = output.memory, output.next_image
+    if memory is not None:
+        real = memory[image_mask]
+        memory = real.new_zeros(*rows.shape, *real.shape[1:]).masked_scatter(
+            rows[..., None, None], real
+        )
+    if following is not None:
+        following = following.to(segments.device)[segments]
+    return replace(output, memory=memory, next_image=following), rows
 
 
 @dataclass

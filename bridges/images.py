@@ -16,6 +16,13 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Only these decoders see the bytes: Pillow has forty more, some of which start programs."""
 
+MAX_PIXELS = 64_000_000
+"""Width × height of the largest picture that is decoded."""
+
+MAX_ASPECT = 100
+"""Longer to shorter side. An encoder that scales the shorter side to 224 makes three billion
+pixels of 60,000 × 1."""
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,7 +39,19 @@ class ImageError(ValueError):
     """A picture that cannot, or should not, be decoded."""
 
 
-def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.Image:
+class TooManyPixelsError(ImageError):
+    """A picture whose header states more pixels than are decoded."""
+
+
+class TooNarrowError(ImageError):
+    """A picture whose header states that one side is a great many times the other."""
+
+
+class UnsupportedModeError(ImageError):
+    """A picture of samples whose white is not known."""
+
+
+def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a picture to upright RGB, or says why not.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greys are scaled
@@ -44,8 +63,8 @@ def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.I
         max_pixels: The most pixels (width × height) that are decoded.
 
     Raises:
-        ImageError: Unreadable file, format not in ``FORMATS``, too many pixels, truncated or
-            corrupt data, 32-bit samples.
+        ImageError: Unreadable file, format not in ``FORMATS``, too many pixels, one side more
+            than `MAX_ASPECT` times the other, truncated or corrupt data, 32-bit samples.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
@@ -53,15 +72,16 @@ def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.I
             io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
             Image.open(stream, formats=FORMATS) as image,
         ):
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    f"{name} is {width}×{height} = {width * height:,} pixels; expected at most "
-                    f"{max_pixels:,}: scale it down first or raise max_pixels"
-                )
+            check_size(image.width, image.height, name, max_pixels)
             rgb = upright_rgb(image, name)
     except ImageError:
         raise
+    # Pillow's own limit, at which it opens nothing, lies above that of `max_pixels`.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixelsError(
+            f"{name} has too many pixels: {type(error).__name__}: {error}; expected at most "
+            f"{max_pixels:,}: scale it down first"
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is no image that can be read: it begins with {_head(source)!r}; expected "
@@ -77,6 +97,27 @@ def open_image(source: bytes | Path, *, max_pixels: int = 64_000_000) -> Image.I
     return rgb
 
 
+def check_size(
+    width: int, height: int, name: str = "the image", max_pixels: int = MAX_PIXELS
+) -> None:
+    """Refuses a picture by what its header states, before anything is decoded.
+
+    Raises:
+        TooManyPixelsError: more than ``max_pixels``.
+        TooNarrowError: one side more than `MAX_ASPECT` times the other.
+    """
+    if width * height > max_pixels:
+        raise TooManyPixelsError(
+            f"{name} is {width}×{height} = {width * height:,} pixels; expected at most "
+            f"{max_pixels:,}: scale it down first or raise max_pixels"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise TooNarrowError(
+            f"{name} is {width}×{height}; expected one side at most {MAX_ASPECT} times the other: "
+            "cut it or leave it out"
+        )
+
+
 def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """An opened picture as upright RGB, by the rules of `open_image`.
 
@@ -86,7 +127,7 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     image.load()
     rgb = _to_rgb(image, name)
     # Read after load(): Pillow turns a TIFF upright by itself and drops the tag.
-    upright = _UPRIGHT.get(_orientation(image))
+    upright = _UPRIGHT.get(orientation_of(image))
     rgb = rgb.transpose(upright) if upright is not None else rgb.copy()
     # What was applied must not be found, and applied a second time, further on.
     rgb.info.clear()
@@ -98,7 +139,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return _scale_16_bit(image)
     if image.mode in ("I", "F"):
-        raise ImageError(
+        raise UnsupportedModeError(
             f"{name} has 32-bit samples (mode {image.mode}), whose white is not known; "
             f"expected 8 or 16 bits: rescale it first"
         )
@@ -118,7 +159,8 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an opened picture, 1 (upright) where none can be read."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # an EXIF block that cannot be parsed states no orientation

@@ -262,12 +262,7 @@ class LanguageModel(Frozen):
         if segments is not None:
             if cache is not None:
                 raise ValueError("found segments with a cache; expected one of them: leave one out")
-            kind = self.model.config.model_type
-            if kind in UNPACKABLE:
-                raise ValueError(
-                    f"found packed rows for an LM of type {kind!r}, in which the samples of a row "
-                    "would see each other; expected one sample a row: leave segments out"
-                )
+            self.check_packable()
             # HF sees by the positions where a packed sample begins, if it is given no mask.
             mask, positions = None, packed_positions(segments, attention_mask)
         else:
@@ -281,6 +276,28 @@ class LanguageModel(Frozen):
             use_cache=cache is not None,
             **options,
         ).last_hidden_state
+
+    def check_packable(self) -> None:
+        """Refuses packed rows for an LM that cannot keep the samples of a row apart.
+
+        Raises:
+            ValueError: naming its type, or its attention.
+        """
+        config = self.model.config
+        attention = str(getattr(config, "_attn_implementation", None))
+        if config.model_type in UNPACKABLE:
+            raise ValueError(
+                f"found packed rows for an LM of type {config.model_type!r}, in which the samples "
+                "of a row would see each other; expected one sample a row: leave data.pack (or "
+                "segments) out"
+            )
+        if "flash" in attention:
+            # HF's flash attention knows of packed samples in a batch of one row only.
+            raise ValueError(
+                f"found packed rows for an LM with attn_implementation={attention!r}, in which "
+                "the samples of a row would see each other; expected 'sdpa' or 'eager': load the "
+                "LM with one of these, or leave data.pack (or segments) out"
+            )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of some hidden states: (n, d_lm) -> (n, vocabulary), in fp32."""

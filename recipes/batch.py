@@ -49,11 +49,11 @@ class Batch:
 
     def to(self: BatchT, device: torch.device | str, **_: Any) -> BatchT:
         """The same batch on another device; Lightning calls this."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: BatchT) -> BatchT:
         """In page-locked memory, from which a GPU copies while it computes."""
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,7 +85,8 @@ class Batch:
         patches = rearrange(self.images, "b i f p d -> b i (f p) d")
         return VisionFeatures(patches, real, self.grid, frames)
 
-    def _each(self: BatchT, change: Callable[[Tensor], Tensor]) -> BatchT:
+    def each(self: BatchT, change: Callable[[Tensor], Tensor]) -> BatchT:
+        """The same batch with its pictures and their masks changed."""
         tensors = {name: getattr(self, name) for name in TENSORS}
         return replace(self, **{n: change(t) for n, t in tensors.items() if t is not None})
 
@@ -148,22 +149,35 @@ class CaptionBatch(Batch):
     Attributes:
         text: prompt, placeholders and completion.
         instruction: what the resampler reads beside each picture; None if it reads no text.
+        segments: long (b', t), the sample of each column of packed rows of text, see
+            `recipes.packing.pack`; None where a row is a sample.
         truncated_questions: number of questions that were cut to fit.
     """
 
     text: TextBatch
     instruction: Instruction | None = None
+    segments: Tensor | None = None
     truncated_questions: int = 0
 
+    @property
+    def fill(self) -> Tensor:
+        """Share of the text's positions that are no padding."""
+        return self.text.attention_mask.float().mean()
+
     def to(self, device: torch.device | str, **_: Any) -> "CaptionBatch":
+        segments = self.segments
+        if segments is not None:
+            segments = segments.to(device, non_blocking=True)
         return replace(
             super().to(device),
             text=self.text.to(device),
             instruction=moved(self.instruction, device),
+            segments=segments,
         )
 
     def pin_memory(self) -> "CaptionBatch":
-        pinned = replace(super().pin_memory(), text=self.text.pin_memory())
+        segments = None if self.segments is None else self.segments.pin_memory()
+        pinned = replace(super().pin_memory(), text=self.text.pin_memory(), segments=segments)
         if self.instruction is None:
             return pinned
         ids, mask = self.instruction.input_ids, self.instruction.attention_mask

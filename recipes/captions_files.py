@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.samples import read_questions
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 _FLICKR8K_LINE = re.compile(r"(?P<image>.+?)#\d+\t(?P<caption>.*)")
@@ -20,7 +22,8 @@ class CaptionRow:
     """One caption of one image, as the file states it.
 
     ``problem`` names what makes the row useless (a kind, for counting); such a row is
-    reported, never dropped by the reader. ``where`` says where it stands in the file.
+    reported, never dropped by the reader. ``where`` says where it stands in the file. ``qa`` are
+    questions and answers about the image, as `recipes.samples.read_questions` takes them.
     """
 
     image: str
@@ -29,6 +32,7 @@ class CaptionRow:
     id: str | int | None = None
     where: str = ""
     problem: str = ""
+    qa: Any = None
 
 
 def read_captions(path: Path, format: str = "auto") -> list[CaptionRow]:
@@ -64,7 +68,8 @@ def read_captions(path: Path, format: str = "auto") -> list[CaptionRow]:
 def scan_folder(images: Path) -> list[CaptionRow]:
     """Reads a folder where each picture's caption stands beside it, as img2dataset writes it.
 
-    The caption of ``a/b.jpg`` is the text of ``a/b.txt``, else ``caption`` in ``a/b.json``.
+    The caption of ``a/b.jpg`` is the text of ``a/b.txt``, else ``caption`` in ``a/b.json``; its
+    questions and answers are ``qa`` in ``a/b.json``.
 
     Raises:
         ValueError: The folder holds no pictures.
@@ -75,12 +80,12 @@ def scan_folder(images: Path) -> list[CaptionRow]:
             continue
         name = path.relative_to(images).as_posix()
         try:
-            caption = _sibling_caption(path)
-        except ValueError as error:
+            caption, qa = _siblings(path)
+        except (ValueError, RecursionError) as error:
             rows.append(CaptionRow(name, where=str(error), problem="unreadable caption"))
             continue
-        problem = "no caption" if caption is None else ""
-        rows.append(CaptionRow(name, caption or "", where=name, problem=problem))
+        problem = "no caption" if caption is None and not qa else ""
+        rows.append(CaptionRow(name, caption or "", where=name, problem=problem, qa=qa))
     if not rows:
         raise ValueError(
             f"no pictures in {images}; expected files ending in {', '.join(IMAGE_SUFFIXES)}, "
@@ -89,15 +94,19 @@ def scan_folder(images: Path) -> list[CaptionRow]:
     return rows
 
 
-def _sibling_caption(path: Path) -> str | None:
+def _siblings(path: Path) -> tuple[str | None, Any]:
+    """The caption of a picture, and its questions and answers."""
     text, meta = path.with_suffix(".txt"), path.with_suffix(".json")
+    found = json.loads(meta.read_text(encoding="utf-8-sig")) if meta.is_file() else {}
+    found = found if isinstance(found, dict) else {}
+    caption, qa = found.get("caption"), found.get("qa")
+    if qa:
+        read_questions(
+            {"__shard__": meta, "__key__": path.stem, "json": json.dumps(found).encode()}
+        )
     if text.is_file():
-        return text.read_text(encoding="utf-8-sig")
-    if meta.is_file():
-        found = json.loads(meta.read_text(encoding="utf-8-sig"))
-        caption = found.get("caption") if isinstance(found, dict) else None
-        return caption if isinstance(caption, str) else None
-    return None
+        return text.read_text(encoding="utf-8-sig"), qa
+    return caption if isinstance(caption, str) else None, qa
 
 
 def _detect(path: Path) -> str:

@@ -1,20 +1,21 @@
-"""Shards as Lightning data: the order, the split and the place where a run was stopped."""
+"""Shards as Lightning data: what is read of them, and what is held out."""
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from torch.utils.data import DataLoader
 
 from bridges import VisionEncoder, VisionLanguageModel
-from recipes.batch import Batch, CaptionCollator, Collate
+from recipes.batch import CaptionCollator, Collate
 from recipes.cache import PICTURES, CacheForm, cache_features, check_cached
 from recipes.documents import DOCUMENTS
 from recipes.documents_window import DocumentCollator, Window
+from recipes.loader import SizedLoader
 from recipes.shard_files import ShardError, expand_shards
 from recipes.stream import ShardStream
 from recipes.video import Clips, clip_form
@@ -26,60 +27,6 @@ HELD_OUT_SPLITS = ("val", "dev")
 """Never "test": what a run is watched on is not what it is measured on."""
 
 logger = logging.getLogger(__name__)
-
-
-class SizedLoader(DataLoader[Batch]):
-    """A loader over a `ShardStream` that knows its length and its place in the epoch.
-
-    Lightning saves and restores the state of a loader that has one; a plain loader would begin
-    the epoch again.
-
-    Args:
-        stream: the samples, its epoch set.
-        batch_size: per rank.
-        batches: length of the whole epoch.
-        **options: of `DataLoader`.
-    """
-
-    def __init__(
-        self, stream: ShardStream[Any], batch_size: int, batches: int, **options: Any
-    ) -> None:
-        super().__init__(stream, batch_size, **options)
-        self.stream = stream
-        self.batches = batches
-        self.done = 0
-        self._start = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start, self._start = self._start, 0
-        # Workers take turns: each has done the same number of batches, but for the last round.
-        rounds, dropped = divmod(start, max(self.num_workers, 1))
-        self.stream.skip(rounds * (self.batch_size or 1))
-        self.done = start
-        for batch in itertools.islice(super().__iter__(), dropped, None):
-            self.done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and the batches of it that were handed out."""
-        return {"epoch": self.stream.epoch, "batches": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Starts the epoch after the batches that are done; another epoch starts at its start.
-
-        Raises:
-            ValueError: the checkpoint belongs to a mixture.
-        """
-        if "sources" in state:
-            raise ValueError(
-                f"found a checkpoint of a mixture of {list(state['sources'])}; expected one of a "
-                "single source: resume with the data_class that the run began with"
-            )
-        if state["epoch"] == self.stream.epoch:
-            self._start = state["batches"]
 
 
 class CaptionData(L.LightningDataModule):
@@ -96,8 +43,9 @@ class CaptionData(L.LightningDataModule):
             once before training; null encodes pictures as they come. Of a clip, the first 256
             frames are kept (`recipes.video.MAX_CACHED`; how many clips are cut is logged), unless
             `fps` is null; a document of more pictures than that is a bad sample.
-        shuffle_buffer: samples held for shuffling.
+        shuffle_buffer: samples mixed with each other, see `recipes.stream.ShardStream`.
         on_error: what to do with a bad sample: stop, or count it, name it and go on.
+        max_bad_fraction: what stops a run that skips: more bad samples than this, of those seen.
         seed: of the order of samples.
         task: what is read of a sample: ``caption``; for instruction tuning ``instruction``, one
             of the questions in its JSON's ``qa`` with its answer (a sample without any: its
@@ -124,6 +72,7 @@ class CaptionData(L.LightningDataModule):
         feature_cache: str | None = None,
         shuffle_buffer: int = 1000,
         on_error: Literal["raise", "skip"] = "raise",
+        max_bad_fraction: float = 0.05,
         seed: int = 0,
         task: Task = "caption",
         max_tokens: int = 256,
@@ -141,12 +90,14 @@ class CaptionData(L.LightningDataModule):
         self.feature_cache = feature_cache
         self.shuffle_buffer = shuffle_buffer
         self.on_error: Literal["raise", "skip"] = on_error
+        self.max_bad_fraction = max_bad_fraction
         self.seed = seed
         self.task: Task = task
         self.window = Window(max_tokens, max_images, min_similarity, loss_before_image)
         self.clips = Clips(num_frames, fps)
         self.source_shards = [*self.train_shards, *self.held_out_shards]
         self._train: ShardStream[Any] | None = None
+        self._held_out: ShardStream[Any] | None = None
 
     def collator(self, model: VisionLanguageModel) -> Collate:
         """Makes this task's batches for a model.
@@ -173,7 +124,7 @@ class CaptionData(L.LightningDataModule):
 
         Raises:
             ValueError: features of another encoder or task, or fewer samples than the ranks and
-                workers need for a batch each.
+                need for a batch each.
         """
         form = self._cache_form()
         check_cached([*self.train_shards, *self.held_out_shards], vision, form)
@@ -191,41 +142,46 @@ class CaptionData(L.LightningDataModule):
         self._collate = collate
         self._world_size = world_size
         self._train = self._stream(self.train_shards, training=True)
+        if self.held_out_shards:
+            self._held_out = self._stream(self.held_out_shards, training=False)
         if not self.batches_per_epoch():
             raise ValueError(
                 f"found {self._train.total_samples} samples for batches of {self.batch_size} on "
-                f"{world_size} ranks × {max(1, self.num_workers)} workers; expected at least one "
-                "batch each: lower data.batch_size or data.num_workers"
+                f"{world_size} ranks; expected at least one batch each: lower data.batch_size, or "
+                "train on fewer devices"
             )
 
     def batches_per_epoch(self) -> int:
-        """Training batches of an epoch on each rank."""
+        """Training batches of a whole epoch on each rank."""
         assert self._train is not None
-        return self._train.num_batches(
-            self.batch_size,
-            world_size=self._world_size,
-            num_workers=self.num_workers,
-            drop_last=True,
-        )
+        return self._train.total_samples // (self.batch_size * self._world_size)
 
     def train_dataloader(self) -> SizedLoader:
         """The rest of the current epoch; asked for anew before each."""
         assert self.trainer is not None and self._train is not None
         self._train.set_epoch(self.trainer.current_epoch)
-        return self._loader(self._train, self.num_workers, self.batches_per_epoch(), drop_last=True)
+        return self._loader(self._train, drop_last=True)
 
     def val_dataloader(self) -> SizedLoader | list[Any]:
         """The held-out pictures, in order; none if there are no held-out shards."""
-        if not self.held_out_shards:
-            return []
-        stream = self._stream(self.held_out_shards, training=False)
-        batches = stream.num_batches(self.batch_size, world_size=self._world_size)
-        return self._loader(stream, 0, batches, drop_last=False)
+        return [] if self._held_out is None else self._loader(self._held_out, drop_last=False)
+
+    def keep_skipped(self, file: Path) -> None:
+        """Names every bad sample that is skipped from now on, and those found already, in a file.
+
+        Args:
+            file: of this rank; a line of JSON each (`recipes.bad_samples.BadSample`).
+        """
+        for stream in self._streams():
+            stream.bad.keep(file, {str(shard) for shard in stream.shards})
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad samples by kind, of this process."""
-        return dict(self._train.skipped) if self._train is not None else {}
+        """Bad samples by kind that this rank has met."""
+        return dict(sum((stream.skipped for stream in self._streams()), Counter()))
+
+    def _streams(self) -> list[ShardStream[Any]]:
+        return [stream for stream in (self._train, self._held_out) if stream is not None]
 
     def _cache_form(self) -> CacheForm:
         if self.task == "video":
@@ -240,17 +196,16 @@ class CaptionData(L.LightningDataModule):
             shuffle=training,
             shuffle_buffer=self.shuffle_buffer,
             on_error=self.on_error,
+            max_bad_fraction=self.max_bad_fraction,
+            progress=True,
         )
 
-    def _loader(
-        self, stream: ShardStream[Any], workers: int, batches: int, *, drop_last: bool
-    ) -> SizedLoader:
+    def _loader(self, stream: ShardStream[Any], *, drop_last: bool) -> SizedLoader:
         return SizedLoader(
             stream,
             self.batch_size,
-            batches,
-            num_workers=workers,
-            collate_fn=self._collate,
+            self._collate,
+            num_workers=self.num_workers,
             drop_last=drop_last,
             pin_memory=next(self._vision.parameters()).device.type == "cuda",
         )

@@ -21,7 +21,7 @@ from recipes.documents import Document, decode_picture, read_document
 from recipes.documents_window import Window, excerpt
 from recipes.fewshot_pool import digest_of
 from recipes.fewshot_runner import Prompt
-from recipes.gallery import name_of, once, thumbnail, with_pictures
+from recipes.gallery import name_of, thumbnail, with_pictures
 from recipes.stream import ShardStream
 
 WHOLE = Window(max_tokens=2**30, max_images=2**30)
@@ -113,9 +113,11 @@ class DocumentPool:
             contents = {image: _content(raw, document, image, vision) for image in sorted(images)}
             return {**sample, "contents": contents}
 
-        stream = ShardStream(list(shards), read, seed=0, shuffle=False, on_error="skip")
+        stream = ShardStream(
+            list(shards), read, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0
+        )
         for sample in track(
-            once(stream), "encoding documents", stream.total_samples, transient=True
+            stream.iterate(), "encoding documents", stream.total_samples, transient=True
         ):
             if "out" in sample:
                 left_out[sample["out"]] += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bridges import VisionEncoder
 from bridges.fewshot import pooled
-from recipes.gallery import name_of, once
+from recipes.gallery import name_of
 from recipes.samples import CaptionDecoder, read_questions
 from recipes.stream import ShardStream
 
@@ -85,9 +85,11 @@ class Pool:
             pairs = read_questions(raw) if questions else []
             return decode(raw) | {"name": name_of(raw, shards), "pairs": pairs}
 
-        stream = ShardStream(list(shards), named, seed=0, shuffle=False, on_error="skip")
+        stream = ShardStream(
+            list(shards), named, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0
+        )
         # A sample without a question was given its caption as the answer.
-        wanted = (s for s in once(stream) if not questions or s["question"] is not None)
+        wanted = (s for s in stream.iterate() if not questions or s["question"] is not None)
         total = min(limit, stream.total_samples)
         samples = iter(track(itertools.islice(wanted, limit), title, total, transient=True))
         examples: list[Example] = []

@@ -101,17 +101,9 @@ def picture_stream(shards: Sequence[Path], vision: VisionEncoder) -> ShardStream
         name = name_of(raw, shards)
         return decode_caption_sample(raw, transform=vision.preprocess) | {"name": name}
 
-    return ShardStream(list(shards), decode, seed=0, shuffle=False, on_error="skip")
-
-
-def once(stream: ShardStream[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every good sample once: a stream makes up for the bad ones by coming round again."""
-    seen = set()
-    for sample in stream.iterate():
-        if sample["name"] in seen:
-            return
-        seen.add(sample["name"])
-        yield sample
+    return ShardStream(
+        list(shards), decode, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0
+    )
 
 
 def name_of(raw: Mapping[str, Any], shards: Sequence[Path]) -> str:
@@ -145,7 +137,9 @@ def with_pictures(
     if any(is_cached(shard) for shard in shards):
         return
     missing = set(names)
-    for raw in ShardStream(list(shards), dict, seed=0, shuffle=False, on_error="skip").iterate():
+    for raw in ShardStream(
+        list(shards), dict, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0
+    ).iterate():
         if not missing:
             return
         name = name_of(raw, shards)

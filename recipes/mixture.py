@@ -3,14 +3,15 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from torch.utils.data import DataLoader
 
 from bridges import VisionEncoder
 from recipes.batch import Batch, Collate
 from recipes.data import CaptionData
+from recipes.loader import SizedLoader
 from recipes.sources import EndlessBatches, SourceData
 
 Mixing = Literal["accumulate", "round_robin"]
@@ -69,8 +70,8 @@ class MixtureLoader:
             wanted = {key: expected[key] for key in other}
             raise ValueError(
                 f"found a checkpoint of the mixture {found}; expected {wanted}: resume with the "
-                "sources and the mixing that the run began with, each with its shards, batch_size "
-                "and num_workers, and with its trainer.devices, "
+                "sources and the mixing that the run began with, each with its shards, seed, "
+                "shuffle_buffer and batch_size, and with its trainer.devices, "
                 "trainer.accumulate_grad_batches and data.rounds_per_epoch"
             )
         if state["epoch"] == self.epoch:
@@ -214,10 +215,10 @@ class MixtureData(L.LightningDataModule):
         assert self.trainer is not None
         return MixtureLoader(self, self.trainer.current_epoch)
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[SizedLoader]:
         """The held-out samples of each source that has any, in the order of `held_out`."""
         loaders = [self.sources[name].val_dataloader() for name in self.held_out]
-        return [loader for loader in loaders if isinstance(loader, DataLoader)]
+        return [loader for loader in loaders if isinstance(loader, SizedLoader)]
 
     def teardown(self, stage: str) -> None:
         """Ends the workers of all sources: left to the garbage, each would take seconds."""
@@ -232,6 +233,11 @@ class MixtureData(L.LightningDataModule):
     def held_out(self) -> list[str]:
         """Names of the sources with held-out shards."""
         return [name for name, source in self.sources.items() if source.held_out_shards]
+
+    def keep_skipped(self, file: Path) -> None:
+        """Names the skipped samples of all sources in a file, see `CaptionData.keep_skipped`."""
+        for source in self.sources.values():
+            source.keep_skipped(file)
 
     @property
     def skipped(self) -> dict[str, int]:

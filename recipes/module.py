@@ -72,6 +72,7 @@ class CaptionModule(BridgeModule):
         """Caption loss of a batch, in nats per token, plus the bridge's own losses."""
         output = self._forward(batch)
         size = len(batch)
+        self.log("fill", batch.fill, batch_size=size)
         for name, loss in output.losses.items():
             self.log(f"loss/{name}", loss, batch_size=size)
         if batch.text.truncated:
@@ -170,5 +171,10 @@ class CaptionModule(BridgeModule):
         text = batch.text
         features = batch.features(self.vlm.vision)
         return self.vlm(
-            text.input_ids, text.attention_mask, text.labels, features, batch.instruction
+            text.input_ids,
+            text.attention_mask,
+            text.labels,
+            features,
+            batch.instruction,
+            segments=batch.segments,
         )

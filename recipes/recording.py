@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bridges.files import write_json, write_text
+from recipes.bad_samples import read_bad_samples
 from recipes.finite import SkipNonFinite
 from recipes.mixture import TrainingData, sources_of
-from recipes.shard_files import shard_digest
+from recipes.shard_index import shard_indexes
 from recipes.training import BridgeModule
 
 PACKAGES = (
@@ -33,6 +35,8 @@ PACKAGES = (
 )
 
 PROVENANCE_FILE = "provenance.json"
+SKIPPED = "skipped-{}.jsonl"
+"""Of a run's folder: the bad samples that one rank passed over, a line of JSON each."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +64,11 @@ class RunRecorder(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Config and provenance, before the first step."""
         self._start = time.perf_counter()
-        if not trainer.is_global_zero:
-            return
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, TrainingData)
+        data.keep_skipped(self.folder / SKIPPED.format(trainer.global_rank))
+        if not trainer.is_global_zero:
+            return
         assert isinstance(pl_module, BridgeModule)
         write_text(self.folder / "config.yaml", self.dumped)
         provenance = {
@@ -79,9 +84,11 @@ class RunRecorder(Callback):
             "trainable_parameters": count_parameters(pl_module, trainable=True),
             "frozen_parameters": count_parameters(pl_module, trainable=False),
             "shards": {
-                str(path): shard_digest(path)
+                str(path): index.sha256
                 for source in sources_of(data)
-                for path in source.source_shards
+                for path, index in zip(
+                    source.source_shards, shard_indexes(source.source_shards), strict=True
+                )
             },
         }
         path = self.folder / PROVENANCE_FILE
@@ -100,12 +107,14 @@ class RunRecorder(Callback):
             done = {
                 "steps": trainer.global_step,
                 "skipped_steps": self.skips.skipped,
+                "skipped_samples": count_skipped(self.folder),
                 "seconds": round(self._seconds(), 1),
             }
             write_json(path, provenance | done)
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if data.skipped:
-            logger.warning("skipped samples by kind: %s", data.skipped)
+            if done["skipped_samples"]:
+                named = self.folder / SKIPPED.format("*")
+                kinds = done["skipped_samples"]
+                logger.warning("skipped samples by kind: %s; named in %s", kinds, named)
 
     def state_dict(self) -> dict[str, float]:
         """The seconds so far, for a run that is resumed."""
@@ -117,6 +126,13 @@ class RunRecorder(Callback):
 
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
+
+
+def count_skipped(folder: Path) -> dict[str, int]:
+    """Bad samples of a run by kind; one that several ranks, or several starts, met counts once."""
+    files = sorted(folder.glob(SKIPPED.format("*")))
+    found = {bad.identity: bad.kind for file in files for bad in read_bad_samples(file)}
+    return dict(Counter(found.values()))
 
 
 def count_parameters(module: L.LightningModule, *, trainable: bool) -> int:

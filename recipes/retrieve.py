@@ -22,7 +22,7 @@ from qformer.stage1 import Stage1
 from recipes import retrieval_page
 from recipes.cache import cache_features, check_cached
 from recipes.data import split_shards
-from recipes.gallery import Gallery, Scores, once, picture_stream
+from recipes.gallery import Gallery, Scores, picture_stream
 
 
 def retrieve(
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
     stream = picture_stream(shards, vision)
     total = min(options.limit or stream.total_samples, stream.total_samples)
     samples = track(
-        itertools.islice(once(stream), total), "encoding pictures", total, transient=True
+        itertools.islice(stream.iterate(), total), "encoding pictures", total, transient=True
     )
     gallery = Gallery.collect(samples, vision, options.batch_size)
     cut = read_stage1(options.run).max_text_tokens

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from bridges.images import ImageError, open_image
+from bridges.images import (
+    ImageError,
+    TooManyPixelsError,
+    TooNarrowError,
+    UnsupportedModeError,
+    open_image,
+)
 from bridges.vision import Preprocess
+from recipes.features import MEMBER, decode_features, has_features
+from recipes.samples_json import parse_json
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "mp4", "npy", "txt", "json"))
+EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "mp4", "npy", "safetensors", "txt", "json"))
 """The members that are read, beside numbered pictures (`is_member`). ``cls`` is passed over; any
 other is refused, unopened."""
 
-MAX_DEPTH = 100
-"""Levels of a sample's JSON. What is deeper can still be read, but not sent by a loader's worker,
-whose loss the run would wait out for ever."""
+MAX_CHARACTERS = 200_000
+"""Of one caption, question or answer: a novel's half. All of it is tokenized before it is cut."""
+
+# The most that a whole sample needs, so that a worker's memory is bounded before it reads: an hour
+# of film; the features of 256 pictures of 1024 tokens × 2048 in 16 bits; `MAX_CHARACTERS` of four
+# bytes; a document's pictures in base64; of a picture the pixels `open_image` takes, with alpha.
+_MAX_MIB = {"mp4": 1024, "npy": 1024, "safetensors": 1024, "txt": 1, "json": 64}
+_MAX_IMAGE_MIB = 256
 
 MEMBERS = f"{', '.join(sorted(EXTENSIONS))}, and numbered pictures such as 0.jpg"
 """For messages."""
+
+_IMAGE_KINDS: dict[type[ImageError], str] = {
+    TooManyPixelsError: "too many pixels",
+    TooNarrowError: "too narrow",
+    UnsupportedModeError: "unsupported mode",
+}
 
 # One spelling for each number: "00.jpg" beside "0.jpg" would leave open which is the first.
 _NUMBERED = re.compile(rf"(0|[1-9][0-9]{{0,5}})\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
@@ -47,6 +63,11 @@ def is_member(extension: str) -> bool:
     return extension in EXTENSIONS or _NUMBERED.fullmatch(extension) is not None
 
 
+def size_limit(extension: str) -> int:
+    """The most bytes that a member which `is_member` may have; more are not read."""
+    return _MAX_MIB.get(extension, _MAX_IMAGE_MIB) << 20
+
+
 def decode_caption_sample(
     raw: Mapping[str, Any],
     *,
@@ -61,7 +82,7 @@ def decode_caption_sample(
         rng: When given, the captions come in random order, so that the first is a random one.
 
     Returns:
-        ``key``; ``features`` (a tensor, from ``npy``) or else ``image``; ``captions``, from the
+        ``key``; ``features`` (a tensor) or else ``image``; ``captions``, from the
         JSON's ``captions``, else its ``caption``, else ``txt``; ``meta``, the JSON itself.
 
     Raises:
@@ -69,9 +90,9 @@ def decode_caption_sample(
             decoded; names the shard and the key.
     """
     sample = read_caption(raw, rng)
-    if "npy" in raw:
+    if has_features(raw):
         return {**sample, "features": read_features(raw, 2)}
-    image = decode_image(raw, image_extension(raw, instead=("npy",)))
+    image = decode_image(raw, image_extension(raw, instead=tuple(sorted(set(MEMBER.values())))))
     return {**sample, "image": transform(image) if transform else image}
 
 
@@ -91,27 +112,36 @@ def read_features(raw: Mapping[str, Any], ndim: int) -> torch.Tensor:
         SampleError: no such array.
     """
     try:
-        array = np.lib.format.read_array(io.BytesIO(raw["npy"]), allow_pickle=False)
-        features = torch.from_numpy(array)
-    except (ValueError, TypeError, MemoryError) as error:
-        raise sample_error(raw, "unreadable features", f"npy: {error}") from error
+        features = decode_features(raw)
+    except ValueError as error:
+        raise sample_error(raw, "unreadable features", str(error)) from error
     if features.ndim != ndim:
-        found = f"npy of shape {tuple(features.shape)}"
+        member = next(name for name in MEMBER.values() if name in raw)
+        found = f"{member} of shape {tuple(features.shape)}"
         wanted = f"expected {ndim} axes: the features were cached for another data.task"
         raise sample_error(raw, "unreadable features", f"{found}; {wanted}")
     return features
 
 
-def decode_image(raw: Mapping[str, Any], member: str) -> Image.Image:
-    """A picture among the members, upright and RGB.
+def decode_image(raw: Mapping[str, Any], name: str, data: bytes | None = None) -> Image.Image:
+    """A picture of a raw sample, upright and RGB.
+
+    Args:
+        raw: the sample.
+        name: of the member; for the message only, where there are `data`.
+        data: the encoded picture, where it stands within another member.
 
     Raises:
-        SampleError: it cannot be decoded.
+        SampleError: it cannot be decoded; the kind says why.
     """
+    data = raw[name] if data is None else data
+    if not data:
+        raise sample_error(raw, "empty image", f"{name} has no bytes; expected a picture")
     try:
-        return open_image(raw[member])
+        return open_image(data)
     except ImageError as error:
-        raise sample_error(raw, "unreadable image", f"{member}: {error}") from error
+        kind = _IMAGE_KINDS.get(type(error), "unreadable image")
+        raise sample_error(raw, kind, f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -184,32 +214,16 @@ def read_meta(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a raw sample; empty if it has none.
 
     Raises:
-        SampleError: it is no JSON object, is nested deeper than `MAX_DEPTH`, or has half a
-            surrogate pair (``"\\ud800"``) in it, which no tokenizer and no file takes.
+        SampleError: it is no JSON object, or not as `parse_json` takes it.
     """
     try:
-        meta = json.loads(raw.get("json", b"{}"))
-        _check_content(meta)
-    except (ValueError, RecursionError) as error:
+        meta = parse_json(raw.get("json", b"{}"))
+    except ValueError as error:
         raise sample_error(raw, "unreadable json", f"json: {error}") from error
     if not isinstance(meta, dict):
         found = type(meta).__name__
         raise sample_error(raw, "unreadable json", f"json holds a {found}; expected an object")
     return meta
-
-
-def _check_content(value: Any, depth: int = 0) -> None:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        value.encode()
-    elif isinstance(value, dict):
-        for key, content in value.items():
-            key.encode()
-            _check_content(content, depth + 1)
-    elif isinstance(value, list):
-        for content in value:
-            _check_content(content, depth + 1)
 
 
 def read_text(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,8 +240,8 @@ def read_questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Questions and answers, stripped, in the JSON of a raw sample; empty if it has none.
 
     Raises:
-        ValueError: as `read_meta`; ``qa`` is no list of objects (or one object) with a question
-            and an answer.
+        SampleError: as `read_meta`; ``qa`` is no list of objects (or one object) with a question
+            and an answer; one that is no text for a tokenizer.
     """
     listed = read_meta(raw).get("qa") or []
     pairs = []
@@ -235,10 +249,9 @@ def read_questions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
         texts = [pair.get("question"), pair.get("answer")] if isinstance(pair, dict) else []
         stripped = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
         if len(stripped) != 2:
-            raise ValueError(
-                f"found {str(pair)[:100]} in qa; expected "
-                '{"question": "…", "answer": "…"}: mend the sample\'s JSON'
-            )
+            wanted = 'expected {"question": "…", "answer": "…"}'
+            raise sample_error(raw, "unreadable question", f"{str(pair)[:100]} in qa; {wanted}")
+        _check_texts(raw, stripped)
         pairs.append((stripped[0], stripped[1]))
     return pairs
 
@@ -256,9 +269,21 @@ def _read_captions(raw: Mapping[str, Any], meta: dict[str, Any]) -> list[str]:
     for candidates in (listed if isinstance(listed, list) else [], [meta.get("caption")], [text]):
         captions = [one.strip() for one in candidates if isinstance(one, str) and one.strip()]
         if captions:
+            _check_texts(raw, captions)
             return captions
     wanted = "expected a txt, or a json with 'caption' or 'captions'"
     raise sample_error(raw, "missing caption", f"no caption; {wanted}")
+
+
+def _check_texts(raw: Mapping[str, Any], texts: Sequence[str]) -> None:
+    for text in texts:
+        if len(text) > MAX_CHARACTERS:
+            problem = f"a text of {len(text):,} characters; expected at most {MAX_CHARACTERS:,}"
+            raise sample_error(raw, "text too long", problem)
+        # UTF-16 read as UTF-8: valid, every second character NUL.
+        if "\0" in text:
+            problem = f"NUL in the text {text[:40]!r}; expected UTF-8"
+            raise sample_error(raw, "unreadable caption", problem)
 
 
 def sample_error(raw: Mapping[str, Any], kind: str, problem: str) -> SampleError:

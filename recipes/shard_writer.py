@@ -18,11 +18,11 @@ from typing import IO, Any
 
 from webdataset.writer import TarWriter
 
-from bridges.files import write_json
 from recipes.samples import MEMBERS, is_member
-from recipes.shard_files import shard_digest
-
-MANIFEST = "shards.json"
+from recipes.shard_files import ShardError
+from recipes.shard_manifest import MANIFEST, Entry, manifest_extra, read_manifest, write_manifest
+from recipes.shard_scan import ShardIndex, scan_shard
+from recipes.shard_store import drop_index, save_index
 
 # No dots: what follows the first is the extension. Shards are copied too (see the feature cache),
 # so whatever other keys webdataset reads are keys here.
@@ -58,7 +58,7 @@ def write_shards(
     with ShardSet(out, samples_per_shard, overwrite, only=split) as shards:
         for sample in samples:
             shards.add(split, sample)
-        return [out / shard["name"] for shard in shards.commit()]
+        return [out / shard.name for shard in shards.commit()]
 
 
 class ShardSet:
@@ -74,12 +74,8 @@ class ShardSet:
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; expected a folder for the shards: name another")
         found = sorted(out.glob("*.tar")) if out.exists() else []
-        self._replaced = [
-            shard
-            for shard in found
-            if _SHARD_NAME.fullmatch(shard.name)
-            and only in (None, shard.name[: -len("-000000.tar")])
-        ]
+        self._only = only
+        self._replaced = [shard for shard in found if self._replaces(shard.name)]
         if self._replaced and not overwrite:
             raise ValueError(
                 f"{out} already holds {len(self._replaced)} shards, e.g. "
@@ -127,27 +123,50 @@ class ShardSet:
             shards.append(_TarFile(self.out, f"{split}-{len(shards):06d}.tar"))
         shards[-1].write(encoded)
 
-    def commit(self, manifest: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Renames every shard into place; then writes the manifest, if one is given."""
+    def commit(self, manifest: Mapping[str, Any] | None = None) -> list[Entry]:
+        """Renames every shard into place, then writes their indexes and the manifest.
+
+        Args:
+            manifest: What it says beside the shards; None keeps what an old one says.
+        """
         if not self.keys:
             raise ValueError("no samples to write; expected at least one")
-        written = []
+        indexes: dict[Path, ShardIndex] = {}
+        written: dict[str, Entry] = {}
         for split, shards in self._shards.items():
             for shard in shards:
                 shard.close()
-                written.append(shard.describe(split))
-        # From here on an old manifest would describe shards that are gone.
+                index = indexes[self.out / shard.name] = scan_shard(shard.temporary)
+                written[shard.name] = Entry.of(shard.name, index, split)
+        kept = self._kept()
+        extra = manifest_extra(self.out) if manifest is None else manifest
+        # From here on an old manifest or index would describe shards that are gone.
         (self.out / MANIFEST).unlink(missing_ok=True)
+        for old in self._replaced:
+            drop_index(old)
         for shards in self._shards.values():
             for shard in shards:
                 os.replace(shard.temporary, self.out / shard.name)
         for old in self._replaced:
-            if old.name not in {shard["name"] for shard in written}:
+            if old.name not in written:
                 old.unlink()
-        if manifest is not None:
-            write_json(self.out / MANIFEST, {"shards": written, **manifest})
+        for path, index in indexes.items():
+            save_index(index, path)
+        write_manifest(self.out, [*kept, *written.values()], extra)
         _sync_folder(self.out)
-        return written
+        return list(written.values())
+
+    def _replaces(self, name: str) -> bool:
+        split = name[: -len("-000000.tar")]
+        return _SHARD_NAME.fullmatch(name) is not None and self._only in (None, split)
+
+    def _kept(self) -> list[Entry]:
+        """What the manifest says of the shards that stay."""
+        try:
+            found = read_manifest(self.out) or {}
+        except ShardError:  # it is replaced
+            return []
+        return [entry for entry in found.values() if not self._replaces(entry.name)]
 
 
 class _TarFile:
@@ -181,15 +200,6 @@ class _TarFile:
         with contextlib.suppress(OSError):
             self._file.close()
         self.temporary.unlink(missing_ok=True)
-
-    def describe(self, split: str) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "split": split,
-            "samples": self.samples,
-            "bytes": self.temporary.stat().st_size,
-            "sha256": shard_digest(self.temporary),
-        }
 
 
 def encode_sample(sample: Mapping[str, str | bytes | dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Shards made of a folder of pictures and its captions, in the img2dataset/COCO convention.
 
 A sample is ``key.jpg`` (or png, webp) beside ``key.txt`` (its first caption) and ``key.json``
-(all of them). The same pictures and captions give the same bytes.
+(all of them, and its questions and answers). The same pictures and captions give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.text import Text
 
 from bridges.images import ImageError, open_image
 from recipes.captions_files import CaptionRow, read_captions, scan_folder
+from recipes.shard_manifest import Entry
 from recipes.shard_writer import SPLIT_NAME, ShardSet
 
 
@@ -28,12 +29,12 @@ from recipes.shard_writer import SPLIT_NAME, ShardSet
 class ShardReport:
     """What `build_shards` wrote, and what it left out and why.
 
-    ``shards`` holds what the manifest holds: name, split, samples, bytes and sha256 of each.
+    ``shards`` are those of the manifest that were written.
     ``skipped`` lists by kind the rows or pictures left out, by name.
     """
 
     out: Path
-    shards: list[dict[str, Any]]
+    shards: list[Entry]
     captions: int
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -42,7 +43,7 @@ class ShardReport:
         """Samples of each split."""
         counts: Counter[str] = Counter()
         for shard in self.shards:
-            counts[shard["split"]] += shard["samples"]
+            counts[shard.split] += shard.samples
         return dict(counts)
 
 
@@ -60,12 +61,13 @@ def build_shards(
     """Makes shards of a folder of pictures and a captions file; one sample per picture.
 
     JPEG, PNG and WEBP files go in byte for byte, other formats as PNG. ``out/shards.json`` names
-    every shard with its samples, bytes and SHA-256.
+    every shard with its samples, bytes and SHA-256; see `recipes.shard_manifest`.
 
     Args:
         images: The folder that the names in the captions file are relative to.
         captions: The captions file; None when each picture's caption stands beside it
-            (``a.jpg``, ``a.txt``), as img2dataset writes them.
+            (``a.jpg``, ``a.txt``), as img2dataset writes them, and its questions and answers in
+            ``qa`` of ``a.json``.
         out: The folder for the shards; made when it does not exist.
         format: ``auto``, ``csv``, ``json``, ``flickr8k``, ``karpathy`` or ``coco``.
         samples_per_shard: All shards of a split but the last hold this many.
@@ -118,7 +120,7 @@ def print_report(report: ShardReport, console: Console | None = None, *, names: 
     console = console or Console()
     written = Table("split", "shards", "samples", title=f"Shards in {report.out}")
     for split, samples in report.samples.items():
-        shards = sum(shard["split"] == split for shard in report.shards)
+        shards = sum(shard.split == split for shard in report.shards)
         written.add_row(split, f"{shards:,}", f"{samples:,}")
     console.print(written)
     console.print(f"{report.captions:,} captions of {sum(report.samples.values()):,} pictures")
@@ -141,12 +143,13 @@ class _Picture:
     split: str | None
     id: str | int | None
     captions: list[str]
+    qa: Any = None
 
     def members(self) -> dict[str, Any]:
-        meta: dict[str, Any] = {"captions": self.captions, "image": self.name}
-        if self.id is not None:
-            meta["id"] = self.id
-        return {"txt": self.captions[0], "json": meta}
+        known = {"captions": self.captions, "image": self.name, "id": self.id, "qa": self.qa}
+        meta = {name: value for name, value in known.items() if value not in (None, [])}
+        # Who is asked questions needs no caption.
+        return {"txt": self.captions[0], "json": meta} if self.captions else {"json": meta}
 
 
 def _group_by_image(rows: Iterable[CaptionRow], skipped: dict[str, list[str]]) -> list[_Picture]:
@@ -161,7 +164,7 @@ def _group_by_image(rows: Iterable[CaptionRow], skipped: dict[str, list[str]]) -
             where = f"{name} ({row.where})" if name and row.where != name else name or row.where
             skipped.setdefault(problem, []).append(where)
         elif picture is None:
-            pictures[name] = _Picture(name, row.split, row.id, [caption])
+            pictures[name] = _Picture(name, row.split, row.id, [caption] if caption else [], row.qa)
         else:
             picture.captions.append(caption)
     return list(pictures.values())
@@ -180,7 +183,7 @@ def _problem(row: CaptionRow, name: str, caption: str, picture: _Picture | None)
         return "path outside the folder"
     if row.split and not SPLIT_NAME.fullmatch(row.split):
         return "bad split name"
-    if not caption:
+    if not caption and not row.qa:
         return "empty caption"
     if picture and row.split and picture.split != row.split:
         return "image in two splits"

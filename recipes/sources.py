@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any, final
 
 from recipes.batch import Batch
-from recipes.data import CaptionData, SizedLoader
+from recipes.data import CaptionData
+from recipes.loader import SizedLoader
 
 
 @final
@@ -29,22 +30,19 @@ class SourceData(CaptionData):
         super().__init__(shards, **options)
         self.weight = weight
 
-    def shape(self) -> dict[str, int]:
-        """What the places of batches in this source's epochs depend on, beside its seed."""
+    def shape(self) -> dict[str, Any]:
+        """What the places of batches in this source's epochs depend on."""
         assert self._train is not None
-        return {
-            "samples": self._train.total_samples,
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "ranks": self._world_size,
-        }
+        sizes = {"batch_size": self.batch_size, "ranks": self._world_size}
+        return {**sizes, **self._train.shape()}
 
-    def epoch_loader(self, number: int) -> SizedLoader:
-        """The training batches of one of this source's own epochs."""
+    def epoch_loader(self, number: int, done: int) -> SizedLoader:
+        """The training batches of one of this source's own epochs, but for those that are done."""
         assert self._train is not None
         self._train.set_epoch(number)
-        batches = self.batches_per_epoch()
-        return self._loader(self._train, self.num_workers, batches, drop_last=True)
+        loader = self._loader(self._train, drop_last=True)
+        loader.go_to(done)
+        return loader
 
 
 class EndlessBatches:
@@ -77,8 +75,6 @@ class EndlessBatches:
     def __next__(self) -> Batch:
         epoch, place = divmod(self.done, self.source.batches_per_epoch())
         if self._epoch is None or not place:
-            loader = self.source.epoch_loader(epoch)
-            loader.load_state_dict({"epoch": epoch, "batches": place})
-            self._epoch = iter(loader)
+            self._epoch = iter(self.source.epoch_loader(epoch, place))
         self.done += 1
         return next(self._epoch)

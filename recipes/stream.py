@@ -1,42 +1,54 @@
-"""Shards read back as samples, in an order that is a function of (seed, epoch) alone.
+"""Shards as a map from positions of an epoch to decoded samples.
 
-The shards, permuted by (seed, epoch), are laid end to end as one line of ``total_samples``
-samples. ``C`` consumers (ranks × loader workers) cut it into ``C`` stretches of equal length, so
-that no rank ever waits for another and none finds no data, however few shards there are; the
-fewer than ``C`` samples left over differ from epoch to epoch. Whole shards per consumer would
-leave over up to a shard each, and none at all when shards are fewer than consumers.
+The order is a function of (seed, epoch) alone (`recipes.order`), and where a sample stands is in
+its shard's index (`recipes.shard_index`): any position is one seek away, whichever rank or worker
+asks for it, and nothing before it is read. webdataset, whose reader can only begin at the
+beginning, gives the format: see docs/decisions/0014.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar
 
-import torch
-import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
+import xxhash
+from torch.utils.data import Dataset
 
-from recipes.samples import MEMBERS, SampleError, is_member
-from recipes.shard_files import ShardError, expand_shards, read_samples, sample_offsets
+from recipes.bad_samples import BadSample, BadSamples
+from recipes.order import EpochOrder
+from recipes.samples import MEMBERS, SampleError, is_member, size_limit
+from recipes.shard_files import ShardError, expand_shards
+from recipes.shard_index import ShardIndex, shard_indexes
 
 _PASSED_OVER = frozenset(("cls",))
+_OPEN_FILES = 32
+_INDEXES = 256
+_TRIES = 100
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ShardStream(IterableDataset[T]):
-    """Samples of shards, split over ranks and workers, decoded by ``decode``.
+class Read(NamedTuple, Generic[T]):
+    """What was read for a position.
 
-    What a consumer yields depends on (seed, epoch, ranks, workers) and nothing else; call
-    `set_epoch` before each epoch. ``len()`` is not defined, for it would depend on the
-    loader's workers: see `samples_per_consumer` and `num_batches`.
+    Attributes:
+        item: of the sample that stands there, or of the one that stands in for a bad one.
+        bad: samples that were passed over.
+    """
+
+    item: T
+    bad: tuple[BadSample, ...] = ()
+
+
+class ShardStream(Dataset[Read[T]]):
+    """Samples of shards, decoded by ``decode``, by their position in the epoch.
+
+    A position's sample depends on the shards, the seed and the epoch, and on nothing else: not on
+    ranks, workers or what was read before. Call `set_epoch` before each epoch.
 
     Args:
         shards: As for `expand_shards`.
@@ -46,14 +58,17 @@ class ShardStream(IterableDataset[T]):
             it raises is a bad sample; any other exception a bug.
         seed: Of the order.
         shuffle: False gives the samples in the order of the shards, the same every epoch.
-        shuffle_buffer: Raw samples held per consumer for shuffling; its memory is this times the
-            size of a sample.
-        on_error: ``raise`` stops at a bad sample; ``skip`` counts it in ``skipped`` (of this
-            process), logs it, and fills the epoch up with the consumer's own first samples.
+        shuffle_buffer: Samples mixed with each other; it costs no memory, but the wider it is,
+            the farther apart are the places that are read together.
+        on_error: ``raise`` stops at a bad sample; ``skip`` counts it in `bad`, logs it, and lets
+            another sample of the epoch, drawn by seed, epoch and position, stand in for it.
+        max_bad_fraction: With ``skip``, what stops all the same: more bad samples than this, of
+            those seen.
+        progress: Show how far the making of missing indexes is.
 
     Raises:
-        ShardError: As `expand_shards`; a shard that is truncated, has a key twice; no
-            samples at all.
+        ShardError: As `expand_shards` and `shard_indexes`; no samples at all; with ``raise``, a
+            shard that is truncated, damaged or has a key twice.
     """
 
     def __init__(
@@ -65,6 +80,8 @@ class ShardStream(IterableDataset[T]):
         shuffle: bool,
         shuffle_buffer: int = 1000,
         on_error: Literal["skip", "raise"] = "raise",
+        max_bad_fraction: float = 0.05,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if on_error not in ("skip", "raise"):
@@ -74,196 +91,195 @@ class ShardStream(IterableDataset[T]):
         self.shards = expand_shards(shards)
         self.decode = decode
         self.seed = seed
-        self.shuffle = shuffle
-        self.shuffle_buffer = shuffle_buffer
         self.on_error = on_error
-        self.epoch = 0
-        self.skipped: Counter[str] = Counter()
-        self._noted: set[tuple[str, str, str]] = set()
-        self._skip = 0
-        self._ranks: tuple[int, int] | None = None
-        self._offsets = [sample_offsets(shard) for shard in self.shards]
-        self.total_samples = sum(len(offsets) for offsets in self._offsets)
+        self._block = shuffle_buffer if shuffle else 0
+        indexes = shard_indexes(self.shards, progress=progress)
+        self._counts = [len(index) for index in indexes]
+        self.total_samples = sum(self._counts)
+        self.bad = BadSamples(self.total_samples, max_bad_fraction)
+        self._take_faults(indexes)
         if not self.total_samples:
             raise ShardError(f"no samples in {len(self.shards)} shards, e.g. {self.shards[0]}")
+        self.contents = tuple(index.sha256 for index in indexes)
+        self._indexes = OrderedDict(list(enumerate(indexes))[:_INDEXES])
+        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order, and takes back `skip` if it is another epoch."""
-        if epoch != self.epoch:
-            self._skip = 0
+        """Chooses the epoch's order."""
         self.epoch = epoch
+        self._order = EpochOrder(self._counts, self.seed, epoch, self._block)
 
-    def skip(self, items: int) -> None:
-        """Starts this epoch after its first ``items`` items, for every consumer.
+    @property
+    def skipped(self) -> Counter[str]:
+        """Bad samples by kind; those that workers found are among them once `note` was called."""
+        return self.bad.kinds
 
-        They are not decoded, unless ``on_error`` is ``skip``: which of them count is then only
-        known by decoding.
-        """
-        if items < 0:
-            raise ValueError(f"cannot skip {items} items; expected 0 or more")
-        self._skip = items
+    def shape(self) -> dict[str, Any]:
+        """What positions mean: a place in an epoch is of use where this is the same."""
+        contents = xxhash.xxh3_64_hexdigest("\n".join(self.contents).encode())
+        return {"seed": self.seed, "shuffle_buffer": self._block, "contents": contents}
 
-    def samples_per_consumer(self, world_size: int = 1, num_workers: int = 0) -> int:
-        """How many items each consumer yields in an epoch; the same for all of them.
+    def __len__(self) -> int:
+        return self.total_samples
+
+    def __getitem__(self, position: int) -> Read[T]:
+        """The sample at a position of the epoch, or with ``skip`` another for a bad one.
 
         Raises:
-            ShardError: There are fewer samples than consumers.
+            SampleError: a bad sample, where they are not skipped.
+            ShardError: of a hundred others drawn for a bad sample, not one is good.
         """
-        consumers = world_size * max(num_workers, 1)
-        if self.total_samples < consumers:
-            raise ShardError(
-                f"{self.total_samples} samples for {consumers} consumers ({world_size} ranks × "
-                f"{max(num_workers, 1)} workers); expected at least one each: use fewer workers"
-            )
-        return self.total_samples // consumers
+        bad: list[BadSample] = []
+        rng, place = None, position
+        for _ in range(_TRIES):
+            try:
+                return Read(self._item(*self._order[place], bad), tuple(bad))
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                bad.append(self._named(error, *self._order[place]))
+            rng = rng or random.Random(f"{self.seed}/{self.epoch}/{position}/instead")
+            place = rng.randrange(self.total_samples)
+        kinds = dict(Counter(one.kind for one in bad))
+        raise ShardError(
+            f"found {_TRIES} bad samples in a row while one was to stand in for another: {kinds}; "
+            "expected good ones: read with on_error='raise' to see the first"
+        )
 
-    def num_batches(
-        self,
-        batch_size: int,
-        *,
-        world_size: int = 1,
-        num_workers: int = 0,
-        drop_last: bool = False,
-    ) -> int:
-        """Batches a DataLoader yields per rank and epoch; every worker ends with its own rest."""
-        samples = self.samples_per_consumer(world_size, num_workers)
-        whole, rest = divmod(samples, batch_size)
-        return (whole + (rest > 0 and not drop_last)) * max(num_workers, 1)
+    def __getitems__(self, positions: Sequence[int]) -> list[Read[T]]:
+        return [self[position] for position in positions]
+
+    def note(self, reads: Sequence[BadSample], seen: int) -> None:
+        """Counts what was passed over among so many samples that a loader handed out.
+
+        Raises:
+            ShardError: more than ``max_bad_fraction`` are bad.
+        """
+        self.bad.add(reads, seen)
 
     def __iter__(self) -> Iterator[T]:
-        rank, world_size = self._ranks or _distributed_ranks()
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 0)
-        return self.iterate(rank, world_size, worker, num_workers)
+        return self.iterate()
+
+    def iterate(self) -> Iterator[T]:
+        """Every good sample of the epoch, in order and once; bad ones are counted and left out.
+
+        Raises:
+            SampleError: a bad sample, where they are not skipped.
+        """
+        for position in range(self.total_samples):
+            bad: list[BadSample] = []
+            try:
+                item = self._item(*self._order[position], bad)
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                self.note([*bad, self._named(error, *self._order[position])], 1)
+                continue
+            self.note(bad, 1)
+            yield item
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker has no process group of its own to ask.
-        ranks = _distributed_ranks() if _in_process_group() else self._ranks
-        return {**self.__dict__, "_ranks": ranks}
+        # A spawned worker opens files of its own, and loads the indexes that it needs.
+        own: dict[str, Any] = {"_files": OrderedDict(), "_indexes": OrderedDict(), "_order": None}
+        return self.__dict__ | own
 
-    def iterate(
-        self, rank: int = 0, world_size: int = 1, worker: int = 0, num_workers: int = 0
-    ) -> Iterator[T]:
-        """The items of one consumer; ``iter()`` fills in which one this process is."""
-        length = self.samples_per_consumer(world_size, num_workers)
-        if self._skip > length:
-            raise ValueError(f"skip({self._skip}) in an epoch of {length} items per consumer")
-        consumer = rank * max(num_workers, 1) + worker
-        left_over = self.total_samples - length * world_size * max(num_workers, 1)
-        if left_over and not consumer:
-            logger.info("epoch %d: %d samples left over, %d each", self.epoch, left_over, length)
-        if self.on_error == "skip":
-            return self._iterate_good(consumer, length)
-        raw = itertools.islice(self._raw_samples(consumer, length), self._skip, None)
-        # Not map(): a StopIteration within decode would end it, the rest silently lost.
-        return (self._decode(sample) for sample in raw)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.set_epoch(self.epoch)
 
-    def _iterate_good(self, consumer: int, length: int) -> Iterator[T]:
-        done = 0
-        while True:
-            before = done
-            for raw in self._raw_samples(consumer, length):
-                try:
-                    item = self._decode(raw)
-                except SampleError as error:
-                    self._note(error, raw)
-                    continue
-                done += 1
-                if done > self._skip:
-                    yield item
-                if done == length:
-                    return
-            if done == before:
-                raise ShardError(
-                    f"none of the {length} samples of consumer {consumer} could be decoded: "
-                    f"{dict(self.skipped)}; run with on_error='raise' to see the first"
-                )
-            logger.warning(
-                "epoch %d, consumer %d: %d of %d samples were skipped; its first ones come again",
-                *(self.epoch, consumer, length - done, length),
-            )
-
-    def _raw_samples(self, consumer: int, length: int) -> Iterator[dict[str, Any]]:
-        """The consumer's stretch of the line, through its shuffle buffer."""
-        start, order = consumer * length, list(range(len(self.shards)))
-        if not self.shuffle:
-            return self._stretch(start, length, order)
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        rng.shuffle(order)
-        # Without this turn, a consumer would see the same part of a single shard for ever.
-        start += rng.randrange(self.total_samples)
-        buffer_rng = random.Random(f"{self.seed}/{self.epoch}/{consumer}")
-        size = self.shuffle_buffer
-        shuffle = wds.filters.shuffle(size, initial=size, rng=buffer_rng)
-        return shuffle(self._stretch(start, length, order))
-
-    def _stretch(self, start: int, length: int, order: list[int]) -> Iterator[dict[str, Any]]:
-        """``length`` samples from position ``start`` of the line, which closes to a ring."""
-        position = start % self.total_samples
-        for index in itertools.cycle(order):
-            offsets = self._offsets[index]
-            if position >= len(offsets):
-                position -= len(offsets)
-                continue
-            take = min(length, len(offsets) - position)
-            samples = read_samples(self.shards[index], offsets[position])
-            for _ in range(take):
-                sample = next(samples, None)
-                if sample is None:
-                    raise ShardError(f"{self.shards[index]} has changed while in use; start again")
-                yield sample
-            length -= take
-            position = 0
-            if not length:
-                return
-
-    def _decode(self, sample: dict[str, Any]) -> T:
-        shard, key = Path(sample["__url__"]), sample["__key__"]
-        raw = {name: data for name, data in sample.items() if is_member(name)}
-        refused = [
-            name
-            for name in sample
-            if name not in raw and name not in _PASSED_OVER and not name.startswith("__")
+    def _take_faults(self, indexes: Sequence[ShardIndex]) -> None:
+        found = [
+            BadSample(str(shard), fault.key, fault.kind, f"{shard}: {fault.problem}", str(number))
+            for shard, index in zip(self.shards, indexes, strict=True)
+            for number, fault in enumerate(index.faults)
         ]
+        if found and self.on_error == "raise":
+            named = "; ".join(f"{bad.kind}: {bad.problem}" for bad in found[:5])
+            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ShardError(
+                f"found {len(found)} faults in {len(self.shards)} shards: {named}{more}; expected "
+                "none: copy or write the shards again, or read what is whole with on_error='skip'"
+            )
+        self.bad.total += len(found)
+        self.bad.add(found)
+
+    def _item(self, shard: int, sample: int, passed: list[BadSample]) -> T:
+        raw = self._raw(shard, sample)
+        path, key = raw["__shard__"], raw["__key__"]
+        refused = [name for name in raw if not name.startswith("__") and not is_member(name)]
+        for name in refused:
+            del raw[name]
+        refused = [name for name in refused if name not in _PASSED_OVER]
         if refused:
             error = SampleError(
-                f"{shard}: sample {key!r} has members {refused}; only {MEMBERS} are read (nothing "
+                f"{path}: sample {key!r} has members {refused}; only {MEMBERS} are read (nothing "
                 "is unpickled; keys have no dots): rewrite the shard without them",
                 kind="refused member",
             )
             if self.on_error == "raise":
                 raise error
-            self._note(error, sample)
-        seed = f"{self.seed}/{self.epoch}/{shard.name}/{key}"
-        raw |= {"__key__": key, "__shard__": str(shard), "__seed__": seed}
+            passed.append(BadSample(path, key, error.kind, str(error)))
         try:
             return self.decode(raw)
         except SampleError:
             raise
         except ValueError as error:
-            raise SampleError(f"{shard}: sample {key!r}: {error}") from error
+            raise SampleError(f"{path}: sample {key!r}: {error}") from error
+        except StopIteration as error:  # would end the loader's epoch, the rest silently lost
+            raise RuntimeError(f"{path}: sample {key!r}: StopIteration in its decoder") from error
 
-    def _note(self, error: SampleError, sample: Mapping[str, Any]) -> None:
-        """Counts and logs a bad sample, once however often it comes round."""
-        note = (sample["__url__"], sample["__key__"], error.kind)
-        if note not in self._noted:
-            self._noted.add(note)
-            self.skipped[error.kind] += 1
-            logger.warning("skipped: %s: %s", error.kind, error)
+    def _raw(self, shard: int, sample: int) -> dict[str, Any]:
+        """The members of a sample as they were when the shard was indexed."""
+        index, path = self._index(shard), self.shards[shard]
+        key, where = index.keys[sample], index.members_of(sample)
+        for name, (_, size) in where.items():
+            if is_member(name) and size > size_limit(name):
+                raise SampleError(
+                    f"{path}: sample {key!r}: member {name} has {size:,} bytes; expected at most "
+                    f"{size_limit(name):,}: take the sample out, or make it smaller",
+                    kind="member too large",
+                )
+        start, end = int(index.offsets[sample]), int(index.ends[sample])
+        data = self._read(shard, start, end - start)
+        if xxhash.xxh3_64_intdigest(data) != int(index.checksums[sample]):
+            raise SampleError(
+                f"{path}: sample {key!r}: its {end - start:,} bytes from byte {start:,} on are not "
+                "those that were indexed; expected them unchanged: copy the shard again, or if it "
+                "was rewritten, run 'bridges shards index' with --overwrite true",
+                kind="damaged bytes",
+            )
+        raw: dict[str, Any] = {
+            name: data[at - start : at - start + size] for name, (at, size) in where.items()
+        }
+        seed = f"{self.seed}/{self.epoch}/{path.name}/{key}"
+        return raw | {"__key__": key, "__shard__": str(path), "__seed__": seed}
 
+    def _index(self, shard: int) -> ShardIndex:
+        index = self._indexes.pop(shard, None)
+        if index is None:
+            index = shard_indexes([self.shards[shard]])[0]
+        self._indexes[shard] = index
+        if len(self._indexes) > _INDEXES:
+            self._indexes.popitem(last=False)
+        return index
 
-def _in_process_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    def _read(self, shard: int, start: int, length: int) -> bytes:
+        file = self._files.pop(shard, None) or self.shards[shard].open("rb", buffering=0)
+        self._files[shard] = file
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        if hasattr(os, "pread"):
+            # A forked worker shares the file's position with its parent, so none is moved. No
+            # mapping: a file that is cut off while it is mapped would end the process.
+            return os.pread(file.fileno(), length, start)
+        file.seek(start)
+        return file.read(length)
 
+    def _named(self, error: SampleError, shard: int, sample: int) -> BadSample:
+        key = self._index(shard).keys[sample]
+        return BadSample(str(self.shards[shard]), key, error.kind, str(error))
 
-def _distributed_ranks() -> tuple[int, int]:
-    """(rank, world size) of this process; (0, 1) when it is on its own."""
-    if _in_process_group():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and "RANK" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size} but RANK is not set: start the process group, or set "
-            f"both, before reading, or every rank would read the same samples"
-        )
-    return int(os.environ.get("RANK", 0)) if world_size > 1 else 0, world_size
+    def __del__(self) -> None:
+        for file in self.__dict__.get("_files", {}).values():
+            file.close()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bridges import VisionEncoder
-from bridges.vision import _Rescale
+from bridges.preprocess import Rescale
 
 SIZE = tiny.IMAGE_SIZE
 
@@ -247,7 +247,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
 
 
 def test_the_default_encoder_squashes_to_its_square():
-    preprocess = pickle.loads(pickle.dumps(_Rescale(size=6, mean=127.0, scale=128.0)))
+    preprocess = pickle.loads(pickle.dumps(Rescale(size=6, mean=127.0, scale=128.0)))
     white = preprocess(Image.new("RGB", (20, 10), "white"))
     assert white.shape == (3, 6, 6)
     assert white.unique().tolist() == [1.0]

@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import logging
 import pickle
 import random
 import tarfile
@@ -13,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
+from recipes.order import EpochOrder
 from recipes.samples import SampleError, decode_caption_sample
-from recipes.shard_files import ShardError, count_samples, expand_shards
+from recipes.shard_files import ShardError, expand_shards
 from recipes.shard_writer import write_shards
 from recipes.stream import ShardStream
 
@@ -63,53 +62,44 @@ def array_bytes(array: np.ndarray, allow_pickle: bool = False) -> bytes:
     return data.getvalue()
 
 
-# --- order and split
+# --- order
 
 
-@pytest.mark.parametrize("shards", range(1, 8))
-def test_every_split_is_disjoint_and_equal(shards, tmp_path):
-    total = shards * 5 - 1
-    whole = stream(write_numbered(tmp_path, shards), shuffle_buffer=3)
-    for shuffle in (True, False):
-        whole.shuffle = shuffle
-        for world_size in (1, 2, 3):
-            for num_workers in (0, 1, 2):
-                consumers = world_size * max(num_workers, 1)
-                if consumers > total:
-                    continue
-                length = whole.samples_per_consumer(world_size, num_workers)
-                found = [
-                    list(whole.iterate(rank, world_size, worker, num_workers))
-                    for rank in range(world_size)
-                    for worker in range(max(num_workers, 1))
-                ]
-                assert [len(keys) for keys in found] == [length] * consumers
-                assert len(set().union(*found)) == length * consumers
-                assert total - length * consumers < consumers
+def order(shards: str, seed: int = 0, epoch: int = 0, **options) -> tuple[str, ...]:
+    found = stream(shards, seed=seed, **options)
+    found.set_epoch(epoch)
+    return tuple(found)
 
 
-def test_one_consumer_in_order_gets_each_sample_once(tmp_path):
+def test_in_order_each_sample_comes_once(tmp_path):
     keys = list(stream(write_numbered(tmp_path, 3), shuffle=False))
     assert keys == [f"{n:04d}" for n in range(14)]
 
 
-@pytest.mark.parametrize("shuffle_buffer", [1, 1000])
+@pytest.mark.parametrize("shuffle_buffer", [1, 3, 1000])
 def test_the_order_is_a_function_of_seed_and_epoch(shuffle_buffer, tmp_path):
     shards = write_numbered(tmp_path, 4)
-
-    def order(seed: int, epoch: int) -> tuple[str, ...]:
-        found = stream(shards, seed=seed, shuffle_buffer=shuffle_buffer)
-        found.set_epoch(epoch)
-        return tuple(found)
-
-    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {
+        (seed, epoch): order(shards, seed, epoch, shuffle_buffer=shuffle_buffer)
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    }
     assert len(set(orders.values())) == 6
     assert {tuple(sorted(keys)) for keys in orders.values()} == {
         tuple(f"{n:04d}" for n in range(19))
     }
     random.seed(5)
     torch.manual_seed(5)
-    assert orders == {which: order(*which) for which in orders}
+    assert orders == {
+        which: order(shards, *which, shuffle_buffer=shuffle_buffer) for which in orders
+    }
+
+
+def test_the_order_stays_the_same_for_ever():
+    """A checkpoint of an older version holds a place in it."""
+    found = EpochOrder([3, 2, 4], seed=1, epoch=2, block=4)
+    expected = [(2, 0), (2, 1), (0, 2), (2, 2), (1, 0), (1, 1), (0, 0), (2, 3), (0, 1)]
+    assert [found[position] for position in range(9)] == expected
 
 
 def test_the_shards_themselves_are_permuted(tmp_path):
@@ -117,101 +107,58 @@ def test_the_shards_themselves_are_permuted(tmp_path):
     followers = set()
     for epoch in range(20):
         data.set_epoch(epoch)
-        keys = list(data)
-        followers |= set(itertools.pairwise(keys))
-    ends_first_shard = {second for first, second in followers if first == "0004"}
-    assert len(ends_first_shard) > 1
+        followers |= set(itertools.pairwise(data))
+    assert len({second for first, second in followers if first == "0004"}) > 1
 
 
-def test_a_consumer_sees_other_samples_of_a_single_shard_in_other_epochs(tmp_path):
-    one = stream(write_numbered(tmp_path, 1, per_shard=20))
-    seen = set()
+def test_other_samples_of_a_single_shard_are_mixed_in_other_epochs(tmp_path):
+    one = stream(write_numbered(tmp_path, 1, per_shard=20), shuffle_buffer=5)
+    firsts = set()
     for epoch in range(20):
         one.set_epoch(epoch)
-        seen |= set(one.iterate(0, 4))
-    assert len(seen) > 15
+        firsts |= set(itertools.islice(one, 5))
+    assert len(firsts) > 15
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_skip_gives_the_tail(shuffle, on_error, tmp_path):
-    tail = stream(write_numbered(tmp_path, 3), shuffle=shuffle, on_error=on_error, shuffle_buffer=4)
-    tail.set_epoch(2)
-    whole = list(tail.iterate(1, 2))
-    for items in range(len(whole) + 1):
-        tail.skip(items)
-        assert list(tail.iterate(1, 2)) == whole[items:]
-    tail.skip(8)
-    with pytest.raises(ValueError, match=r"skip\(8\) in an epoch of 7"):
-        tail.iterate(1, 2)
-    tail.set_epoch(3)
-    assert len(list(tail.iterate(1, 2))) == 7
+def test_a_block_holds_neighbours_only():
+    """What is read together lies together: a block of 10 of one ring touches three shards."""
+    found = EpochOrder([5] * 40, seed=0, epoch=0, block=10)
+    for block in range(20):
+        assert len({found[block * 10 + place][0] for place in range(10)}) <= 3
 
 
-def test_what_is_skipped_is_not_decoded(tmp_path):
+def test_a_position_is_found_without_those_before_it(tmp_path):
     decoded = []
-    tail = stream(write_numbered(tmp_path, 2), lambda raw: decoded.append(raw["__key__"]))
-    tail.skip(6)
-    assert len(list(tail)) == 3
-    assert len(decoded) == 3
+    data = stream(write_numbered(tmp_path, 20), lambda raw: decoded.append(raw["__key__"]))
+    whole = order(str(tmp_path))
+    for position in (98, 0, 57):
+        data[position]
+        assert decoded.pop() == whole[position]
+        assert not decoded
+    with pytest.raises(IndexError, match="99"):
+        data[99]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_real_loader_with_workers(tmp_path):
+def test_a_stream_survives_being_sent_to_a_worker(tmp_path):
     data = stream(write_numbered(tmp_path, 3))
-    data.set_epoch(1)
-    batches = list(DataLoader(data, batch_size=3, num_workers=2))
-    assert len(batches) == data.num_batches(3, num_workers=2) == 6
-    keys = [key for batch in batches for key in batch]
-    assert len(keys) == len(set(keys)) == 14
-    expected = [list(data.iterate(worker=worker, num_workers=2)) for worker in (0, 1)]
-    assert batches[0] == expected[0][:3]
-    assert batches[1] == expected[1][:3]
+    data.set_epoch(2)
+    expected = list(data)
+    assert list(pickle.loads(pickle.dumps(data))) == expected
 
 
-def test_ranks_are_read_from_the_environment(tmp_path, monkeypatch):
-    data = stream(write_numbered(tmp_path, 3))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="RANK is not set"):
-        list(data)
-    halves = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        halves.append(set(data))
-    assert len(halves[0]) == len(halves[1]) == 7
-    assert not halves[0] & halves[1]
-
-
-def test_ranks_are_read_from_the_process_group(tmp_path, monkeypatch):
-    data = stream(write_numbered(tmp_path, 3))
-    expected = list(data.iterate(1, 2))
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda group=None: 1)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
-    assert list(data) == expected
-    spawned = pickle.dumps(data)  # what a DataLoader does to start a worker by spawn
-    monkeypatch.undo()
-    assert list(pickle.loads(spawned)) == expected
-
-
-def test_more_consumers_than_samples_is_an_error(tmp_path):
-    data = stream(write_numbered(tmp_path, 1))
-    with pytest.raises(ShardError, match=r"4 samples for 6 consumers.*fewer workers"):
-        data.iterate(0, 3, 0, 2)
-
-
-def test_left_over_samples_are_reported(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        list(stream(write_numbered(tmp_path, 3)).iterate(0, 4))
-    assert "2 samples left over" in caplog.text
+def test_only_so_many_files_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.stream._OPEN_FILES", 2)
+    monkeypatch.setattr("recipes.stream._INDEXES", 2)
+    data = stream(write_numbered(tmp_path, 6), shuffle_buffer=1000)
+    assert len(set(data)) == 29
+    assert len(data._files) == len(data._indexes) == 2
 
 
 def test_the_augmentation_seed_belongs_to_the_sample(tmp_path):
     data = stream(write_numbered(tmp_path, 2), seed_of)
     first = list(data)
     assert len(set(first)) == 9
-    data.skip(4)
-    assert list(data) == first[4:]
+    assert data[4].item == first[4]
     data.set_epoch(1)
     assert not set(data) & set(first)
 
@@ -259,17 +206,39 @@ def test_truncated_shards_are_refused_wherever_they_are_cut(tmp_path):
     write_numbered(tmp_path, 2)
     shard = tmp_path / "train-000000.tar"
     data = shard.read_bytes()
-    with tarfile.open(shard) as tar:
-        end = tar.getmembers()[-1].offset_data + 512
-    for cut in range(0, end + 1, 256):
+    for cut in range(0, len(data) - 1024, 512):
         shard.write_bytes(data[:cut])
         with pytest.raises(ShardError, match=r"train-000000.tar"):
             stream(str(tmp_path))
-    shard.write_bytes(data[:512] + b"garbage" + data[519:])
-    stream(str(tmp_path))  # within a member, a tar file cannot know
-    shard.write_bytes(data[:1024] + b"garbage" + data[1031:])
-    with pytest.raises(ShardError, match="damaged"):
-        stream(str(tmp_path))
+
+
+def test_of_a_truncated_shard_what_is_whole_is_read(tmp_path, caplog):
+    write_numbered(tmp_path, 2)
+    shard = tmp_path / "train-000000.tar"
+    data = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        third = tar.getmember("0002.jpg").offset
+    shard.write_bytes(data[: third + 700])
+    kept = stream(str(tmp_path), on_error="skip", shuffle=False, max_bad_fraction=1)
+    assert list(kept) == ["0000", "0001", "0005", "0006", "0007", "0008"]
+    assert kept.skipped == {"truncated shard": 3}
+    assert all(f"'{key}'" in caplog.text for key in ("0002", "0003", "0004"))
+
+
+def test_a_flipped_byte_costs_its_sample_and_no_other(tmp_path, caplog):
+    write_numbered(tmp_path, 2)
+    shard = tmp_path / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        at = tar.getmember("0002.txt").offset_data
+    data[at] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SampleError, match=r"'0002': its .* bytes .* are not those that were") as e:
+        list(stream(str(tmp_path)))
+    assert e.value.kind == "damaged bytes"
+    kept = stream(str(tmp_path), on_error="skip", shuffle=False, max_bad_fraction=1)
+    assert list(kept) == [f"{n:04d}" for n in range(9) if n != 2]
+    assert kept.skipped == {"damaged bytes": 1}
 
 
 @pytest.mark.parametrize(
@@ -283,28 +252,14 @@ def test_truncated_shards_are_refused_wherever_they_are_cut(tmp_path):
 )
 def test_a_key_that_occurs_twice_is_refused(names, tmp_path):
     shard = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
-    with pytest.raises(ShardError, match=r"x.tar: key 'a' occurs twice"):
+    with pytest.raises(ShardError, match=r"duplicate key.*'a'"):
         stream(shard)
+    kept = stream(shard, on_error="skip", max_bad_fraction=1)
+    assert set(kept) == {"a", "b"} & {name[0] for name in names}
+    assert kept.skipped == {"duplicate key": 1}
 
 
-def test_what_is_no_plain_tar_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "zipped.tar", "w:gz"):
-        pass
-    (tmp_path / "empty.tar").touch()
-    for name in ("zipped.tar", "empty.tar"):
-        with pytest.raises(ShardError, match=f"{name}: not a complete, uncompressed tar"):
-            count_samples(tmp_path / name)
-    with tarfile.open(tmp_path / "link.tar", "w") as tar:
-        link = tarfile.TarInfo("a.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        tar.addfile(link)
-    with pytest.raises(ShardError, match=r"'a.jpg' is a link"):
-        count_samples(tmp_path / "link.tar")
-    with pytest.raises(ShardError, match="no samples in 1 shards"):
-        stream(write_tar(tmp_path / "none.tar", {"README": b"hello"}))
-
-
-def test_a_count_is_what_is_read(tmp_path):
+def test_what_is_no_sample_is_passed_over(tmp_path):
     members = {
         "__meta__/x.txt": b"",
         "00/1.jpg": b"",
@@ -314,22 +269,22 @@ def test_a_count_is_what_is_read(tmp_path):
         "2.TXT": b"",
     }
     shard = write_tar(tmp_path / "x.tar", members)
-    assert count_samples(shard) == 2
     assert list(stream(shard, shuffle=False)) == ["00/1", "2"]
+    with pytest.raises(ShardError, match="no samples in 1 shards"):
+        stream(write_tar(tmp_path / "none.tar", {"README": b"hello"}))
 
 
 def test_long_names_are_read_from_where_their_header_begins(tmp_path):
     keys = [f"{'long' * 50}{index}" for index in range(4)]
     shard = write_tar(tmp_path / "x.tar", {f"{key}.txt": b"" for key in keys})
-    data = stream(shard, shuffle=False)
-    assert [key for rank in range(4) for key in data.iterate(rank, 4)] == keys
+    assert list(stream(shard, shuffle=False)) == keys
 
 
-def test_a_shard_that_changes_while_in_use_is_an_error(tmp_path):
+def test_a_shard_that_changes_while_in_use_is_no_other_sample(tmp_path):
     shard = write_tar(tmp_path / "x.tar", {f"{n}.txt": b"" for n in range(4)})
     data = stream(shard)
-    write_tar(shard, {"0.txt": b""})
-    with pytest.raises(ShardError, match="has changed"):
+    write_tar(shard, {"0.txt": b"other"})
+    with pytest.raises(SampleError, match="are not those that were indexed"):
         list(data)
 
 
@@ -345,6 +300,11 @@ BAD = {
     "unreadable caption": {"png": picture(), "txt": b"\xff"},
     "unreadable features": {"npy": array_bytes(np.zeros(9))[:-1], "txt": b"x"},
 }
+
+
+def lenient(shard: Path, **options) -> ShardStream:
+    options = {"max_bad_fraction": 1.0, **options}
+    return stream(shard, decode_caption_sample, on_error="skip", **options)
 
 
 def write_samples(path: Path, *samples: dict[str, bytes]) -> Path:
@@ -364,29 +324,48 @@ def test_a_bad_sample_is_named_or_counted(kind, tmp_path, caplog):
         list(data)
     assert error.value.kind == kind
 
-    data = stream(shard, decode_caption_sample, shuffle=False, on_error="skip")
+    data = lenient(shard, shuffle=False)
     for _ in range(2):  # counted once, however often it comes round
-        assert [sample["key"] for sample in data] == ["s0", "s2", "s0"]
+        assert [sample["key"] for sample in data] == ["s0", "s2"]
         assert data.skipped == {kind: 1}
     assert "x.tar: sample 's1'" in caplog.text
-    assert "its first ones come again" in caplog.text
 
 
-def test_skip_gives_the_tail_past_bad_samples(tmp_path):
+def test_another_sample_stands_in_for_a_bad_one(tmp_path):
     samples = [GOOD, *BAD.values(), *[GOOD] * 9]
     shard = write_samples(tmp_path / "x.tar", *samples)
-    data = stream(shard, decode_caption_sample, on_error="skip", shuffle_buffer=4)
-    whole = [sample["key"] for sample in data]
-    assert len(whole) == len(samples)
-    for items in (3, 12, 16):
-        data.skip(items)
-        assert [sample["key"] for sample in data] == whole[items:]
+    data, again = lenient(shard), lenient(shard)
+    found = [data[position] for position in range(len(samples))]
+    bad = {f"s{n + 1}": kind for n, kind in enumerate(BAD)}
+    assert {one.key: one.kind for read in found for one in read.bad} == bad
+    assert not {read.item["key"] for read in found} & set(bad)
+    # From its position alone, whatever was read before.
+    for position in (12, 3, 7):
+        assert again[position].item["key"] == found[position].item["key"]
+    assert sum(len(read.bad) > 0 for read in found) == len(BAD)
 
 
 def test_nothing_but_bad_samples_ends_in_an_error(tmp_path):
     shard = write_samples(tmp_path / "x.tar", *BAD.values())
-    with pytest.raises(ShardError, match="none of the 6 samples"):
-        list(stream(shard, decode_caption_sample, on_error="skip"))
+    with pytest.raises(ShardError, match="100 bad samples in a row"):
+        lenient(shard)[0]
+
+
+def test_too_many_bad_samples_end_in_an_error(tmp_path):
+    shard = write_samples(tmp_path / "x.tar", *[GOOD] * 9, *[BAD["missing caption"]])
+    assert len(list(lenient(shard, max_bad_fraction=0.1))) == 9
+    with pytest.raises(ShardError, match=r"1 bad among 10 .*\(1 missing caption\).* at most 5.0%"):
+        list(lenient(shard, max_bad_fraction=0.05))
+    with pytest.raises(ValueError, match="0 to 1"):
+        lenient(shard, max_bad_fraction=5)
+
+
+def test_a_member_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    shard = write_samples(tmp_path / "x.tar", GOOD, {**GOOD, "txt": b"x" * 5000}, GOOD)
+    monkeypatch.setattr("recipes.stream.size_limit", lambda extension: 4000)
+    data = lenient(shard, shuffle=False)
+    assert [sample["key"] for sample in data] == ["s0", "s2"]
+    assert data.skipped == {"member too large": 1}
 
 
 def test_a_value_error_of_any_decoder_is_a_bad_sample_and_a_bug_is_a_bug(tmp_path):
@@ -400,8 +379,8 @@ def test_a_value_error_of_any_decoder_is_a_bad_sample_and_a_bug_is_a_bug(tmp_pat
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_stop_iteration_in_a_decoder_does_not_end_the_epoch_silently(on_error, tmp_path):
     shard = write_samples(tmp_path / "x.tar", GOOD, GOOD)
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        list(stream(shard, lambda raw: next(iter(())), on_error=on_error))
+    with pytest.raises(RuntimeError, match=r"'s.': StopIteration"):
+        stream(shard, lambda raw: next(iter(())), on_error=on_error)[0]
 
 
 class Payload:
@@ -417,19 +396,19 @@ class Payload:
 @pytest.mark.parametrize("extension", ["pkl", "pyd", "pickle", "pth", "pt", "b.jpg"])
 def test_pickled_members_are_refused_and_never_run(extension, tmp_path):
     hit = tmp_path / "hit"
-    data = pickle.dumps(Payload(hit))
-    shard = write_samples(tmp_path / "x.tar", {**GOOD, extension: data})
+    pickled = pickle.dumps(Payload(hit))
+    shard = write_samples(tmp_path / "x.tar", {**GOOD, extension: pickled})
     with pytest.raises(SampleError, match=f"'s0' has members .'{extension}'.; only") as error:
         list(stream(shard, decode_caption_sample))
     assert error.value.kind == "refused member"
-    lenient = stream(shard, decode_caption_sample, on_error="skip")
-    assert [sample["captions"] for sample in lenient] == [["a red square"]]
-    assert lenient.skipped == {"refused member": 1}
-    assert list(stream(shard, set, on_error="skip")) == [
+    data = lenient(shard)
+    assert [sample["captions"] for sample in data] == [["a red square"]]
+    assert data.skipped == {"refused member": 1}
+    assert list(stream(shard, set, on_error="skip", max_bad_fraction=1)) == [
         {"png", "txt", "__key__", "__shard__", "__seed__"}
     ]
     assert not hit.exists()
-    pickle.loads(data)
+    pickle.loads(pickled)
     assert hit.exists()
 
 
@@ -464,7 +443,7 @@ def test_a_picture_of_several_is_not_taken_for_a_caption_sample(tmp_path):
 
 def test_features_of_several_pictures_are_not_taken_for_one(tmp_path):
     shard = write_samples(
-        tmp_path / "x.tar", {"txt": b"x", "npy": array_bytes(np.zeros((2, 3, 4)))}
+        tmp_path / "x.tar", {"txt": b"x", "npy": array_bytes(np.zeros((2, 3, 4), np.float16))}
     )
     with pytest.raises(SampleError, match=r"npy of shape \(2, 3, 4\); expected 2 axes"):
         list(stream(shard, decode_caption_sample))
@@ -476,7 +455,7 @@ def test_a_pickle_inside_npy_is_never_run(tmp_path):
     array[0] = Payload(hit)
     data = array_bytes(array, allow_pickle=True)
     shard = write_samples(tmp_path / "x.tar", {"npy": data, "txt": b"x"})
-    with pytest.raises(SampleError, match="npy: Object arrays cannot be loaded"):
+    with pytest.raises(SampleError, match="npy: found object"):
         list(stream(shard, decode_caption_sample))
     assert not hit.exists()
 
@@ -507,7 +486,7 @@ def test_the_fullest_source_of_captions_wins():
         (b'{"caption": "half \\ud800 a pair"}', "surrogates not allowed"),
         (b'{"caption": "c", "more": [{"\\udc00": 1}]}', "surrogates not allowed"),
         (b'{"caption": "c", "more": ' + 200 * b"[" + 200 * b"]" + b"}", "deeper than 100"),
-        (b'{"caption": "c", "more": ' + 9999 * b"[" + 9999 * b"]" + b"}", "recursion"),
+        (b'{"caption": "c", "more": ' + 9999 * b"[" + 9999 * b"]" + b"}", "deeper than 100"),
     ],
 )
 def test_json_that_nothing_could_write_is_a_bad_sample(meta, expected):

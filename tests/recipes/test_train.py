@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 import bridges
 from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import cli
+from recipes.bad_samples import read_bad_samples
 from recipes.checkpoints import LAST
 from recipes.train import CONFIGS, train
 
@@ -68,6 +71,66 @@ def test_a_resumed_run_equals_an_uninterrupted_one(on_disk, tmp_path, workers):
         train(on_disk.arguments(part, "--trainer.max_steps=10", "--resume=true", *schedule))
         expected, found = load_file(whole / WEIGHTS_FILE), load_file(part / WEIGHTS_FILE)
         assert all(torch.equal(expected[n], found[n]) for n in expected), stop
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+def test_a_run_resumes_with_another_number_of_workers(on_disk, tmp_path, before, after):
+    schedule = ["--model.optimizer.warmup_steps=0", "--model.optimizer.min_lr=1e-3"]
+    whole = train(on_disk.arguments(tmp_path / "whole", "--trainer.max_steps=9", *schedule))
+    part, workers = tmp_path / "part", "--data.num_workers={}".format
+    train(on_disk.arguments(part, "--trainer.max_steps=5", workers(before), *schedule))
+    more = ["--trainer.max_steps=9", "--resume=true", workers(after), *schedule]
+    train(on_disk.arguments(part, *more))
+    expected, found = load_file(whole / WEIGHTS_FILE), load_file(part / WEIGHTS_FILE)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+class Keys(L.Callback):
+    """Notes which samples a step is made of."""
+
+    seen: ClassVar[list[tuple[int, list[str]]]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.seen.append((trainer.current_epoch, [sample["key"] for sample in batch.samples]))
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_a_run_resumed_with_other_batches_goes_through_the_rest_of_the_epoch(
+    on_disk, tmp_path, size, monkeypatch
+):
+    """As on another number of ranks: a step holds other samples, an epoch the same."""
+    monkeypatch.setattr("recipes.train.Throughput", Keys)
+    monkeypatch.setattr(Keys, "seen", [])
+    part, epochs = tmp_path / "part", ["--trainer.max_epochs=2", "--checkpoint_every=1"]
+    train(on_disk.arguments(part, "--trainer.max_steps=3", *epochs))
+    assert len(Keys.seen) == 3
+    more = [f"--data.batch_size={size}", "--resume=true", "--trainer.max_steps=-1"]
+    train(on_disk.arguments(part, *epochs, *more))
+    first = [key for epoch, keys in Keys.seen if not epoch for key in keys]
+    # 30 samples, 12 of them before the stop; what is no whole batch is left out.
+    assert len(first) == len(set(first)) == 12 + 18 // size * size
+    second = [key for epoch, keys in Keys.seen if epoch for key in keys]
+    assert len(second) == len(set(second)) == 30 // size * size
+
+
+def test_skipped_samples_are_named_in_the_run(on_disk, tmp_path):
+    """Also those that a worker met, and once each, however many epochs and starts there were."""
+    folder = tmp_path / "shards"
+    shutil.copytree(on_disk.shards, folder)
+    shard = sorted(folder.glob("train-*.tar"))[0]
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".txt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[member.offset_data] ^= 1
+    shard.write_bytes(damaged)
+    more = ["--data.on_error=skip", "--data.num_workers=2", f"--data.shards={folder}"]
+    run = train(on_disk.arguments(tmp_path / "run", "--trainer.max_steps=9", *more))
+    train(on_disk.arguments(run, "--trainer.max_steps=16", "--resume=true", *more))
+    (bad,) = read_bad_samples(run / "skipped-0.jsonl")
+    assert (bad.kind, bad.shard) == ("damaged bytes", str(shard))
+    assert member.name.startswith(f"{bad.key}.")
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["skipped_samples"] == {"damaged bytes": 1}
 
 
 def test_a_run_by_epochs_resumes_too(on_disk, tmp_path):

@@ -1,0 +1,346 @@
+"""Where everything in a shard stands, found in one pass over its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
+
+from recipes.shard_files import ShardError
+from recipes.shard_members import BLOCK, Damage, Member, TarReader, checksum_holds
+
+# webdataset passes over metadata members of this form; a scan must count as it reads.
+_METADATA = re.compile(r"__[^/]*__($|/)")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_MAX_NAME = 1024
+# A crafted shard may have one every 512 bytes.
+_MAX_FAULTS = 10_000
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a part of a shard, so that a sample cannot be had, or not as it was.
+
+    Attributes:
+        kind: what such faults are counted by, e.g. ``duplicate key``.
+        key: of the sample, where it is known.
+        problem: what was found.
+    """
+
+    kind: str
+    key: str | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one shard: n samples with m members in all, and the faults found.
+
+    Attributes:
+        size: bytes of the shard when it was indexed.
+        sha256: of the shard, in hexadecimal.
+        offsets: int64 (n,), first header of each sample.
+        ends: int64 (n,), byte after each sample's last member, its padding included.
+        checksums: uint64 (n,), xxh3_64 of the bytes from `offsets` to `ends`.
+        members: int64 (n + 1,), sample i has the members from ``members[i]`` to ``members[i + 1]``.
+        starts: int64 (m,), first payload byte of each member.
+        sizes: int64 (m,), payload bytes of each member.
+        extensions: int64 (m,), index into `names`.
+        names: extensions that occur, in lower case.
+        keys: of the samples.
+        faults: samples that are not among the n, and parts that belong to none.
+    """
+
+    size: int
+    sha256: str
+    offsets: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    checksums: NDArray[np.uint64]
+    members: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    extensions: NDArray[np.int64]
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    faults: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def members_of(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Extension -> (first payload byte, payload bytes) of one sample."""
+        span = range(int(self.members[sample]), int(self.members[sample + 1]))
+        return {
+            self.names[self.extensions[m]]: (int(self.starts[m]), int(self.sizes[m])) for m in span
+        }
+
+    @property
+    def keys_sha256(self) -> str:
+        """Digest of all keys in order, each followed by a newline."""
+        return hashlib.sha256("".join(f"{key}\n" for key in self.keys).encode()).hexdigest()
+
+
+def scan_shard(shard: Path) -> ShardIndex:
+    """Reads a shard once: what its samples are, by webdataset's rule, and what is wrong with it.
+
+    Memory is bounded by the samples' number, whatever their sizes.
+
+    Raises:
+        ShardError: no such file, not a tar file, or a compressed one. Damage within the file is
+            never an error; it is among the index's faults.
+    """
+    try:
+        with shard.open("rb", buffering=1 << 20) as file:
+            start = file.read(BLOCK)
+            for magic, name in _COMPRESSED.items():
+                if start.startswith(magic):
+                    raise ShardError(
+                        f"{shard}: found a {name} file; expected an uncompressed tar, in which "
+                        f"samples can be found: decompress it first"
+                    )
+            file.seek(0)
+            reader = TarReader(file)
+            samples = _Samples()
+            while (found := reader.next()) is not None:
+                samples.add(found, reader)
+    except OSError as error:
+        raise ShardError(f"{shard}: found no readable file ({error}); check the path") from error
+    if (
+        len(start) == BLOCK
+        and any(start)
+        and not reader.found_header
+        and start[257:262] != b"ustar"
+    ):
+        raise ShardError(
+            f"{shard}: found no tar header in it; expected an uncompressed tar file: make shards "
+            f"with 'bridges shards'"
+        )
+    return samples.index(reader)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Members side by side that have the same key."""
+
+    key: str
+    offset: int
+    end: int = 0
+    checksum: int = 0
+    fault: Fault | None = None
+    members: list[tuple[int, int, str]] = field(default_factory=list)
+    row: int | None = None
+
+    def has(self, extension: str) -> bool:
+        return any(extension == other for _, _, other in self.members)
+
+    def extensions(self) -> frozenset[str]:
+        return frozenset(extension for _, _, extension in self.members)
+
+
+@dataclass(eq=False)
+class _Break:
+    """Damage, and the samples on both sides of it."""
+
+    damage: Damage
+    before: _Group | None
+    after: _Group | None = None
+
+
+class _Samples:
+    def __init__(self) -> None:
+        self._open: _Group | None = None
+        self._hasher = xxhash.xxh3_64()
+        self._breaks: list[_Break] = []
+        self._waiting: list[_Break] = []
+        self._faults: list[tuple[int, Fault]] = []
+        self._more_faults = 0
+        self._seen: set[str] = set()
+        self._keys: list[str] = []
+        self._checksums = array("Q")
+        self._places = array("q")  # offset, end and number of members of each sample
+        self._members = array("q")  # start, size and extension of each member
+        self._names: dict[str, int] = {}
+        self._forms: Counter[frozenset[str]] = Counter()
+
+    def add(self, found: Member | Damage, reader: TarReader) -> None:
+        if isinstance(found, Damage):
+            place = _Break(found, self._open)
+            if len(self._breaks) < _MAX_FAULTS:
+                self._breaks.append(place)
+                self._waiting.append(place)
+            else:
+                self._more_faults += 1
+            return
+        key, extension, fault = _read_name(found)
+        if key is None:
+            if fault:
+                self._fault(found.offset, fault)
+            group = None
+        else:
+            group = self._group(key, extension, found, fault)
+        if not reader.read_member(found, self._hasher):
+            name = found.name.encode("utf-8", "backslashreplace").decode()
+            problem = f"the file ends at byte {reader.position:,}, within the member {name!r}"
+            cut = Fault("truncated shard", group.key if group else None, problem)
+            if group is None:
+                self._fault(found.offset, cut)
+            else:
+                group.fault = group.fault or cut
+        elif group:
+            group.end = found.end
+            group.checksum = self._hasher.intdigest()
+
+    def _group(self, key: str, extension: str, member: Member, fault: Fault | None) -> _Group:
+        group = self._open
+        if group is None or key != group.key or group.has(extension):
+            self._close()
+            group = self._open = _Group(key, member.offset)
+            self._hasher.reset()
+            if key in self._seen:
+                problem = f"the key comes again at byte {member.offset:,}; its first sample stays"
+                group.fault = Fault("duplicate key", key, problem)
+            self._seen.add(key)
+        for place in self._waiting:
+            if place.before is group and group.fault is None:
+                group.fault = Fault(place.damage.kind, key, place.damage.problem)
+            place.after = group
+        self._waiting.clear()
+        group.fault = group.fault or fault
+        group.members.append((member.start, member.size, extension))
+        return group
+
+    def _close(self) -> None:
+        group, self._open = self._open, None
+        if group is None:
+            return
+        if group.fault:
+            self._fault(group.offset, group.fault)
+            return
+        group.row = len(self._keys)
+        self._keys.append(group.key)
+        self._checksums.append(group.checksum)
+        self._places.extend((group.offset, group.end, len(group.members)))
+        for start, size, extension in group.members:
+            number = self._names.setdefault(extension, len(self._names))
+            self._members.extend((start, size, number))
+        self._forms[group.extensions()] += 1
+
+    def _fault(self, offset: int, fault: Fault) -> None:
+        if len(self._faults) < _MAX_FAULTS:
+            self._faults.append((offset, fault))
+        else:
+            self._more_faults += 1
+
+    def index(self, reader: TarReader) -> ShardIndex:
+        self._close()
+        lost: set[int] = set()
+        for place in self._breaks:
+            lost |= self._resolve(place)
+        if self._more_faults:
+            problem = f"{self._more_faults:,} more faults, not listed"
+            self._faults.append((reader.position, Fault("damaged header", None, problem)))
+        places = np.array(self._places, np.int64).reshape(-1, 3)
+        members = np.array(self._members, np.int64).reshape(-1, 3)
+        kept = np.ones(len(places), bool)
+        kept[sorted(lost)] = False
+        members = members[np.repeat(kept, places[:, 2])]
+        places = places[kept]
+        return ShardIndex(
+            size=reader.position,
+            sha256=reader.sha256.hexdigest(),
+            offsets=places[:, 0].copy(),
+            ends=places[:, 1].copy(),
+            checksums=np.array(self._checksums, np.uint64)[kept],
+            members=np.concatenate([[0], np.cumsum(places[:, 2])]).astype(np.int64),
+            starts=members[:, 0].copy(),
+            sizes=members[:, 1].copy(),
+            extensions=members[:, 2].copy(),
+            names=tuple(self._names),
+            keys=tuple(key for row, key in enumerate(self._keys) if row not in lost),
+            faults=tuple(fault for _, fault in sorted(self._faults, key=lambda found: found[0])),
+        )
+
+    def _resolve(self, place: _Break) -> set[int]:
+        """Names the sample that lost a member to damage; its row, if it counted as good."""
+        damage = place.damage
+        sides = [side for side in (place.before, place.after) if side is not None]
+        if place.before is place.after and place.before is not None:
+            return set()  # in its midst: known when the next member came
+        victims = []
+        if damage.name is not None:
+            victims = [side for side in sides if _owns(side, damage)]
+            usual = max(self._forms, key=lambda form: self._forms[form], default=None)
+            # Nothing says whose it was; a sample that has what the others have is whole.
+            victims = victims or [side for side in sides if side.extensions() != usual]
+        lost = set()
+        named = False
+        for victim in victims:
+            if victim.row is not None:
+                lost.add(victim.row)
+                self._fault(damage.offset, Fault(damage.kind, victim.key, damage.problem))
+            named = True
+        if not named:
+            key = base_plus_ext((damage.name or b"").decode("utf-8", "backslashreplace"))[0]
+            key = None if key in self._seen else key
+            self._fault(damage.offset, Fault(damage.kind, key, damage.problem))
+        return lost
+
+
+def _read_name(member: Member) -> tuple[str | None, str, Fault | None]:
+    """(key, extension, what is wrong) of a member; no key where it is no sample's."""
+    name = member.name
+    if member.passed_over or (_METADATA.match(name) and len(name) <= _MAX_NAME):
+        return None, "", None
+    shown = name[:_MAX_NAME].encode("utf-8", "backslashreplace").decode()
+    key, extension = base_plus_ext(shown)
+    fault = None
+    if problem := _unsafe(name):
+        fault = Fault("unsafe name", key, f"the member {shown[:200]!r} {problem}")
+    elif not member.plain:
+        kind = "link or device" if member.what != "a sparse file" else "refused member"
+        fault = Fault(kind, key, f"the member {shown[:200]!r} is {member.what}")
+    return key, (extension or "").lower(), fault
+
+
+def _unsafe(name: str) -> str:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8"
+    if length > _MAX_NAME:
+        return f"has a name of {length:,} bytes; expected at most {_MAX_NAME:,}"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path"
+    if "\\" in name or "\0" in name:
+        return "has a backslash or a zero byte in its name"
+    return "leaves its folder" if ".." in name.split("/") else ""
+
+
+def _owns(group: _Group, damage: Damage) -> bool:
+    """Whether a damaged header was of this sample, by what is left of its name."""
+    name = damage.name or b""
+    for encoded in (f"{group.key}.".encode(), f"{group.key}.".encode("ascii", "replace")):
+        extension = name[len(encoded) :].decode("utf-8", "replace").lower()
+        if not name or group.has(extension):
+            continue
+        cut = encoded[: len(name)] if len(name) == 100 or damage.kind[0] == "t" else encoded
+        if name.startswith(cut):
+            return True
+        # One damaged byte within the name: with the right one, the checksum holds again.
+        if len(encoded) < 100 and checksum_holds(encoded + damage.block[len(encoded) :]):
+            return True
+    return False

@@ -1,0 +1,123 @@
+"""Indexes on disk, as safetensors: beside their shards, or in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bridges.embedded import cache_dir
+from bridges.files import staged
+from recipes.shard_scan import Fault, ShardIndex
+
+_FORMAT = 1
+_ARRAYS = ("offsets", "ends", "checksums", "members", "starts", "sizes", "extensions")
+
+
+def index_path(shard: Path) -> Path:
+    """Where a shard's index is kept, if its folder can be written."""
+    return shard.with_name(f"{shard.name}.index")
+
+
+def _cached_path(shard: Path) -> Path:
+    name = hashlib.sha256(str(shard.absolute()).encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_dir() / "indexes" / f"{name[:32]}.index"
+
+
+def save_index(index: ShardIndex, shard: Path) -> None:
+    """Keeps an index; where not even the cache can be written, it is made anew each time."""
+    described = {
+        "format": _FORMAT,
+        "size": index.size,
+        "sha256": index.sha256,
+        "names": index.names,
+        "keys": index.keys,
+        "faults": [(fault.kind, fault.key, fault.problem) for fault in index.faults],
+    }
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+    arrays["text"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    for path in (index_path(shard), _cached_path(shard)):
+        try:
+            with staged(path) as temporary:
+                save_file(arrays, temporary, {"digest": _digest(arrays)})
+            return
+        except (OSError, SafetensorError):
+            continue
+
+
+def load_index(shard: Path) -> ShardIndex | None:
+    """A shard's index; None if there is none, or one that is damaged or of another format."""
+    for path in (index_path(shard), _cached_path(shard)):
+        try:
+            return _load(path)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return None
+
+
+def drop_index(shard: Path) -> None:
+    """Forgets a shard's index."""
+    for path in (index_path(shard), _cached_path(shard)):
+        path.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> ShardIndex:
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "text")}
+        if (file.metadata() or {}).get("digest") != _digest(arrays):
+            raise ValueError("the index is damaged")
+    described = json.loads(arrays.pop("text").tobytes())
+    if described["format"] != _FORMAT:
+        raise ValueError("the index is of another format")
+    index = ShardIndex(
+        size=described["size"],
+        sha256=described["sha256"],
+        names=tuple(described["names"]),
+        keys=tuple(described["keys"]),
+        faults=tuple(Fault(*fault) for fault in described["faults"]),
+        **{name: arrays[name] for name in _ARRAYS},
+    )
+    if not _consistent(index):
+        raise ValueError("the index contradicts itself")
+    return index
+
+
+def _consistent(index: ShardIndex) -> bool:
+    """Whether every offset lies where it may; the digest only says that nothing was flipped."""
+    n, m = len(index.keys), len(index.starts)
+    lengths = {"offsets": n, "ends": n, "checksums": n, "members": n + 1, "sizes": m}
+    shapes = {"starts": m, "extensions": m, **lengths}
+    for name, length in shapes.items():
+        array: NDArray = getattr(index, name)
+        wanted = np.uint64 if name == "checksums" else np.int64
+        if array.shape != (length,) or array.dtype != wanted:
+            return False
+    texts = (*index.names, *index.keys, *(fault.kind for fault in index.faults))
+    if not all(isinstance(text, str) for text in (*texts, index.sha256)):
+        return False
+    if not isinstance(index.size, int) or len(set(index.keys)) != n:
+        return False
+    counts = np.diff(index.members)
+    if index.members[0] != 0 or index.members[-1] != m or (counts < 1).any():
+        return False
+    starts, sizes = index.starts, index.sizes
+    bounds = np.stack([index.offsets, index.ends], axis=1).ravel()
+    ordered = bounds.size == 0 or (bounds[0] >= 0 and bounds[-1] <= index.size)
+    ordered = ordered and (np.diff(bounds) >= 0).all()
+    within = (starts >= np.repeat(index.offsets, counts)) & (sizes >= 0)
+    within &= sizes <= np.repeat(index.ends, counts) - starts
+    known = (index.extensions >= 0) & (index.extensions < len(index.names))
+    return bool(ordered and within.all() and known.all())
+
+
+def _digest(arrays: dict[str, NDArray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
