@@ -39,9 +39,9 @@ def staged(target: Path, needs: Callable[[], int] | None = None) -> Iterator[Pat
         OSError: no room on the disk, in the quota or below the limit on a file's size, also where
             a library hides that error behind one of its own; says how many bytes are missing.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _claimed(temporary):
             yield temporary
             with temporary.open("rb+") as file:

@@ -16,8 +16,8 @@ from bridges import (
     VisionFeatures,
     VisionLanguageModel,
 )
+from bridges.decode import ImageDecoder
 from bridges.prompts import CAPTION_INSTRUCTION, encode_instruction, instruction_tokenizer
-from bridges.vision import Preprocess
 from recipes.samples import CaptionDecoder
 from recipes.video import ClipDecoder, Clips
 
@@ -112,7 +112,7 @@ class Collate(Protocol):
         """Decoded samples, at least one, -> a batch."""
         ...
 
-    def decoder(self, preprocess: Preprocess, *, training: bool) -> Decode:
+    def decoder(self, preprocess: ImageDecoder, *, training: bool) -> Decode:
         """What decodes the samples.
 
         Args:
@@ -226,7 +226,7 @@ class CaptionCollator:
         reads = instruction_tokenizer(model.bridge)
         return cls(encode, model.prompt, grid, reads, questions, clips)
 
-    def decoder(self, preprocess: Preprocess, *, training: bool) -> Decode:
+    def decoder(self, preprocess: ImageDecoder, *, training: bool) -> Decode:
         if self.clips is not None:
             return ClipDecoder(preprocess, self.clips, training=training)
         return CaptionDecoder(preprocess, random_caption=training, questions=self.questions)

@@ -18,6 +18,7 @@ from bridges.files import write_json
 from recipes.bench_decode import decode_workloads
 from recipes.bench_flamingo import flamingo_step_workloads
 from recipes.bench_gated import gated_workloads
+from recipes.bench_packing import packing_workloads
 from recipes.bench_perceiver import perceiver_workloads
 from recipes.bench_stage1 import stage1_workloads
 from recipes.recording import git_revision
@@ -32,6 +33,7 @@ BENCHES: dict[str, Callable[[torch.device], Builders]] = {
     "decode": decode_workloads,
     "perceiver": perceiver_workloads,
     "flamingo_step": flamingo_step_workloads,
+    "packing": packing_workloads,
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from bridges import VisionEncoder
+from bridges.decode import DecodeMode
 from recipes.cache_form import PICTURES, CacheForm
 from recipes.cache_set import (
     FEATURES_FILE,
@@ -48,6 +49,7 @@ def cache_features(
     on_error: Literal["raise", "skip"] = "raise",
     max_bad_fraction: float = 1.0,
     form: CacheForm = PICTURES,
+    decode: DecodeMode = "exact",
 ) -> list[Path]:
     """Encodes every picture of some shards once; later calls find the result.
 
@@ -65,6 +67,7 @@ def cache_features(
         max_bad_fraction: what stops all the same: more bad samples than this, of those seen.
         form: of the samples. Single pictures give features (p, d); documents and clips give
             those of all their pictures or frames, (n, p, d).
+        decode: how pixels are made.
 
     Returns:
         The shards with features, one for each of `shards`, in their order.
@@ -75,9 +78,9 @@ def cache_features(
     """
     paths = expand_shards(shards)
     if any(is_cached(path) for path in paths):
-        check_cached(paths, encoder, form)
+        check_cached(paths, encoder, form, decode)
         return paths
-    features = FeatureSet.of(paths, cache, encoder, form, "fp16")
+    features = FeatureSet.of(paths, cache, encoder, form, "fp16", decode)
     content = json.dumps(features.identity, sort_keys=True)
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     features = features.at(cache / name)
@@ -85,7 +88,9 @@ def cache_features(
     # Of several ranks on a machine the first encodes, the others wait and find the result.
     with FileLock(cache / f"{name}.lock"):
         if not features.begin():
-            encoding = Encoding(encoder, form, "fp16", batch_size, on_error, max_bad_fraction)
+            encoding = Encoding(
+                encoder, form, "fp16", decode, batch_size, on_error, max_bad_fraction
+            )
             write_features(features, encoding)
             features.finish()
     described = read_description(features.folder / FEATURES_FILE)
@@ -105,14 +110,18 @@ def is_cached(shard: Path) -> bool:
 
 
 def check_cached(
-    shards: Sequence[Path], encoder: VisionEncoder, form: CacheForm | None = None
+    shards: Sequence[Path],
+    encoder: VisionEncoder,
+    form: CacheForm | None = None,
+    decode: DecodeMode | None = None,
 ) -> None:
-    """Refuses features of another encoder or form, of other pictures, and those half made.
+    """Refuses features of another encoder, transform or form, of other pictures, or half made.
 
     Args:
         shards: any; those with pictures pass.
         encoder: of the run.
         form: that the run reads; None takes any.
+        decode: how the run makes pixels; None takes any way of this encoder.
 
     Raises:
         ValueError: naming the folder, what was found there and what was expected.
@@ -128,6 +137,14 @@ def check_cached(
                 f"found features of encoder {found} in {folder}; expected those of "
                 f"{encoder.fingerprint}, this run's (weights, transform, layer, tokens): give the "
                 "shards with pictures, or make the features again with 'bridges cache'"
+            )
+        transform = described["transform"]
+        expected = encoder.transform_fingerprint(decode or _mode(transform))
+        if transform != expected:
+            raise ValueError(
+                f"found features of pixels made by {transform} in {folder}; expected {expected}: "
+                f"set data.decode to {_mode(transform)}, or if that is so, make the features again "
+                "with 'bridges cache'"
             )
         if form is not None and described["form"] != form.described:
             raise ValueError(
@@ -153,6 +170,10 @@ def mean_patches(shards: Sequence[Path], limit: int = 2000) -> torch.Tensor:
         each = features.float().reshape(-1, *features.shape[-2:])
         total, count = total + each.sum(dim=0), count + len(each)
     return total / count
+
+
+def _mode(transform: str) -> DecodeMode:
+    return "fast" if transform.startswith("fast-") else "exact"
 
 
 def _check_pictures(folder: Path, shard: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from bridges import VisionEncoder
 from bridges.run import VisionSource
@@ -23,20 +24,32 @@ from recipes.features import Storage
 from recipes.loader import distributed_ranks
 from recipes.shard_files import expand_shards
 
-_DATA = ("shards", "val_shards", "on_error", "max_bad_fraction", "task", "num_frames", "fps")
+_DATA = (
+    "shards",
+    "val_shards",
+    "on_error",
+    "max_bad_fraction",
+    "task",
+    "num_frames",
+    "fps",
+    "decode",
+)
 """Of `CaptionData`, what features depend on."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
     parser = _parser()
+    # Before the rest can be parsed: a recipe gives what else is required.
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("--config")
+    recipe.add_argument("--source")
+    given, _ = recipe.parse_known_args(arguments)
+    if given.config is not None:
+        parser.set_defaults(_configured(shipped_config(given.config), given.source))
     options = parser.parse_args(expand_data(list(arguments), mixture=False))
-    if options.config is not None:
-        configured = _configured(parser, shipped_config(options.config), options.source)
-        parser.set_defaults(configured)
-        options = parser.parse_args(expand_data(list(arguments), mixture=False))
     rank, world_size = distributed_ranks()
-    features, encoding = _prepare(options, rank)
+    features, encoding = _prepare(options)
     written = Written()
     if not features.begin():
         written = write_features(features, encoding, rank, world_size)
@@ -66,7 +79,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _configured(parser: ArgumentParser, config: str, source: str | None) -> dict[str, Any]:
+def _configured(config: str, source: str | None) -> dict[str, Any]:
     """What a recipe says of the encoder and the data."""
     loaded: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
     data = loaded.get("data") or {}
@@ -83,7 +96,7 @@ def _configured(parser: ArgumentParser, config: str, source: str | None) -> dict
     return values | {f"model.vision.{name}": value for name, value in vision.items()}
 
 
-def _prepare(options: Namespace, rank: int) -> tuple[FeatureSet, Encoding]:
+def _prepare(options: Namespace) -> tuple[FeatureSet, Encoding]:
     data = CaptionData(**vars(options.data))
     if options.data.val_shards is None:
         shards, held_out = expand_shards(options.data.shards), []
@@ -98,12 +111,14 @@ def _prepare(options: Namespace, rank: int) -> tuple[FeatureSet, Encoding]:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     encoder.to(device or "cpu")
-    form = data.cache_form()
-    features = FeatureSet.of(shards, options.out, encoder, form, options.dtype, held_out)
+    form = data._cache_form()
+    decode = options.data.decode
+    features = FeatureSet.of(shards, options.out, encoder, form, options.dtype, decode, held_out)
     encoding = Encoding(
         encoder,
         form,
         options.dtype,
+        decode,
         options.batch_size,
         options.data.on_error,
         options.data.max_bad_fraction,

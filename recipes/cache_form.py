@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bridges.vision import Preprocess
+from bridges.decode import ImageDecoder
 from recipes.samples import decode_image, image_extension, read_text
 
 
@@ -17,13 +17,13 @@ class CacheForm:
     Attributes:
         name: is written in the cache; empty for single pictures. Names all that the features
             depend on.
-        read: raw sample -> its pictures or frames, preprocessed, and its members txt and json.
+        read: raw sample -> pixels of its pictures or frames, and its members txt and json.
             A ValueError is a bad sample. Called in several threads at once.
         most: of a sample with more pictures, only the first so many are kept; None keeps all.
     """
 
     name: str
-    read: Callable[[Mapping[str, Any], Preprocess], tuple[list[torch.Tensor], dict[str, Any]]]
+    read: Callable[[Mapping[str, Any], ImageDecoder], tuple[list[torch.Tensor], dict[str, Any]]]
     most: int | None = None
 
     @property
@@ -33,10 +33,10 @@ class CacheForm:
 
 
 def read_picture(
-    raw: Mapping[str, Any], preprocess: Preprocess
+    raw: Mapping[str, Any], preprocess: ImageDecoder
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The one picture of a sample, and its text."""
-    return [preprocess(decode_image(raw, image_extension(raw)))], read_text(raw)
+    return [decode_image(raw, image_extension(raw), into=preprocess.pixels)], read_text(raw)
 
 
 PICTURES = CacheForm("", read_picture)

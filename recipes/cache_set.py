@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges import VisionEncoder
+from bridges.decode import DecodeMode
 from bridges.files import write_json
 from recipes.cache_form import CacheForm
 from recipes.features import Storage
@@ -24,6 +25,7 @@ FEATURES_FILE = "features.json"
 PARTIAL_FILE = "features.partial.json"
 """In its place until then: what they are going to be of."""
 
+_IDENTITY = ("encoder", "transform", "form", "dtype", "patches", "grid", "dim")
 _SPLIT = re.compile(r"([A-Za-z0-9_]+)-.*\.tar")
 
 
@@ -34,7 +36,8 @@ class FeatureSet:
     Attributes:
         folder: of the feature shards.
         sources: name of each feature shard -> the shard of pictures, in the order of those.
-        described: encoder, form, dtype and sizes of the features, and the sources' digests.
+        described: encoder, transform, form, dtype and sizes of the features, and the digests of
+            the sources.
     """
 
     folder: Path
@@ -49,6 +52,7 @@ class FeatureSet:
         encoder: VisionEncoder,
         form: CacheForm,
         dtype: Storage,
+        decode: DecodeMode = "exact",
         held_out: Sequence[Path] = (),
     ) -> FeatureSet:
         """The set that these shards of pictures give.
@@ -60,6 +64,7 @@ class FeatureSet:
             encoder: frozen.
             form: of the samples.
             dtype: how features are kept.
+            decode: how pixels are made.
             held_out: further shards, whose split becomes ``val``.
         """
         numbers: Counter[str] = Counter()
@@ -70,6 +75,7 @@ class FeatureSet:
             numbers[split] += 1
         described: dict[str, Any] = {
             "encoder": encoder.fingerprint,
+            "transform": encoder.transform_fingerprint(decode),
             "form": form.described,
             "dtype": dtype,
             "patches": encoder.shape.num_patches,
@@ -175,7 +181,7 @@ def read_description(file: Path) -> dict[str, Any] | None:
     """
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        keys = {"encoder", "form", "dtype", "grid", "dim", "shards"}
+        keys = {*_IDENTITY, "shards"}
         if keys <= described.keys() and all("sha256" in shard for shard in described["shards"]):
             return described
     except FileNotFoundError:
@@ -187,7 +193,7 @@ def read_description(file: Path) -> dict[str, Any] | None:
 
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
     """Of a description, what the bytes of the feature shards depend on."""
-    known = {name: described[name] for name in ("encoder", "form", "dtype", "grid", "dim")}
+    known = {name: described[name] for name in _IDENTITY}
     return known | {shard["name"]: shard["sha256"] for shard in described["shards"]}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from bridges import VisionEncoder
+from bridges.decode import DecodeMode
 from bridges.files import remove_orphans, staged
 from recipes.bad_samples import BadSample
 from recipes.cache_form import CacheForm
@@ -47,6 +48,7 @@ class Encoding:
         form: of the samples. Single pictures give features (p, d); documents and clips give those
             of all their pictures or frames, (n, p, d).
         dtype: how features are kept.
+        decode: how pixels are made.
         batch_size: pictures encoded together.
         on_error: stop at a sample that cannot be read, or log it with shard and key and leave it
             out.
@@ -56,6 +58,7 @@ class Encoding:
     encoder: VisionEncoder
     form: CacheForm
     dtype: Storage = "fp16"
+    decode: DecodeMode = "exact"
     batch_size: int = 32
     on_error: Literal["raise", "skip"] = "raise"
     max_bad_fraction: float = 1.0
@@ -139,6 +142,7 @@ class _Work:
 
     def __init__(self, shards: Sequence[Path], encoding: Encoding) -> None:
         self.encoding = encoding
+        self._decoder = encoding.encoder.image_decoder(encoding.decode)
         self.stream: ShardStream[dict[str, Any]] = ShardStream(
             list(shards),
             dict,
@@ -188,7 +192,7 @@ class _Work:
     def _decode(self, raw: Mapping[str, Any]) -> _Sample | BadSample:
         shard, key = raw["__shard__"], raw["__key__"]
         try:
-            pixels, members = self.encoding.form.read(raw, self.encoding.encoder.preprocess)
+            pixels, members = self.encoding.form.read(raw, self._decoder)
             # What cannot be written is a bad sample, too: later it would end its whole shard.
             encode_sample({"__key__": key, "npy": b"", **members})
         except SampleError as error:

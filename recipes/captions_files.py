@@ -101,9 +101,8 @@ def _siblings(path: Path) -> tuple[str | None, Any]:
     found = found if isinstance(found, dict) else {}
     caption, qa = found.get("caption"), found.get("qa")
     if qa:
-        read_questions(
-            {"__shard__": meta, "__key__": path.stem, "json": json.dumps(found).encode()}
-        )
+        named = {"__shard__": meta, "__key__": path.stem}
+        read_questions({**named, "json": json.dumps(found).encode()})
     if text.is_file():
         return text.read_text(encoding="utf-8-sig"), qa
     return caption if isinstance(caption, str) else None, qa

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         # Imported late: torch, transformers and lightning take seconds, --help should not.
-        getattr(import_module(module), function)(arguments[1:])
+        code = getattr(import_module(module), function)(arguments[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}\n(BRIDGES_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def console() -> None:

@@ -1,20 +1,27 @@
 """The small subcommands."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from bridges.files import write_json
 from recipes.scene_shards import write_scenes
+from recipes.shard_checks import index_shards, print_check, verify_shards
 from recipes.shards import build_shards, print_report
 
 
-def shards(arguments: Sequence[str]) -> None:
-    """`bridges shards IMAGES CAPTIONS OUT`."""
+def shards(arguments: Sequence[str]) -> int:
+    """`bridges shards IMAGES CAPTIONS OUT`, `bridges shards index` and `bridges shards verify`."""
+    if arguments and arguments[0] in ("index", "verify"):
+        return {"index": _index, "verify": _verify}[arguments[0]](arguments[1:])
     parser = ArgumentParser(
         prog="bridges shards",
-        description="Makes webdataset shards of a folder of pictures and a captions file.",
+        description="Makes webdataset shards of a folder of pictures and a captions file. "
+        "'bridges shards index' and 'bridges shards verify' take shards that are there (a folder "
+        "of pictures of such a name is written ./index).",
     )
     parser.add_argument("images", type=Path, help="folder of pictures")
     parser.add_argument(
@@ -27,6 +34,48 @@ def shards(arguments: Sequence[str]) -> None:
     captions = options.pop("captions")
     source = None if str(captions) == "-" else captions
     print_report(build_shards(options.pop("images"), source, options.pop("out"), **options))
+    return 0
+
+
+def _index(arguments: Sequence[str]) -> int:
+    parser = _over_shards(
+        "bridges shards index",
+        "Makes the indexes and the manifest of shards, whoever wrote them, and says what is wrong "
+        "with them.",
+    )
+    parser.add_function_arguments(index_shards, skip={"shards", "progress"}, fail_untyped=False)
+    options = vars(parser.parse_args(list(arguments)))
+    check = index_shards(options.pop("shards"), **options)
+    print_check(check)
+    if check.findings:
+        print("indexed as they are: a run raises these faults, or with on_error: skip counts them")
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _over_shards(
+        "bridges shards verify",
+        "Compares shards with their manifest and indexes, to the byte, and names every bad shard "
+        "and sample; exit code 1 if there is one.",
+    )
+    skip: set[str | int] = {"shards", "progress"}
+    parser.add_function_arguments(verify_shards, skip=skip, fail_untyped=False)
+    parser.add_argument("--json", type=Path | None, help="file for the findings")
+    options = vars(parser.parse_args(list(arguments)))
+    target = options.pop("json")
+    check = verify_shards(options.pop("shards"), **options)
+    print_check(check)
+    if target is not None:
+        write_json(target, asdict(check) | {"by_kind": check.by_kind})
+    return 1 if check.findings else 0
+
+
+def _over_shards(prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument(
+        "shards", type=str, nargs="+", help="a folder of shards, .tar files, or patterns of them"
+    )
+    return parser
 
 
 def scenes(arguments: Sequence[str]) -> None:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import lightning as L
 
 from bridges import VisionEncoder, VisionLanguageModel
+from bridges.decode import DecodeMode
 from recipes.batch import CaptionCollator, Collate
 from recipes.cache import PICTURES, CacheForm, cache_features, check_cached
 from recipes.documents import DOCUMENTS
 from recipes.documents_window import DocumentCollator, Window
 from recipes.loader import SizedLoader
+from recipes.packing import PackingCollator
 from recipes.shard_files import ShardError, expand_shards
 from recipes.stream import ShardStream
 from recipes.video import Clips, clip_form
@@ -58,6 +60,9 @@ class CaptionData(L.LightningDataModule):
         min_similarity: leave out pictures that match their text less, where a document says so.
         loss_before_image: learn text before the first picture of a window, too, and documents
             without a picture; these are else bad samples, see `on_error`.
+        pack: put several short samples of a batch into one row of tokens (`recipes.packing`).
+        decode: ``exact`` makes pixels as the encoder's own processor does, ``fast`` several times
+            as fast and nearly the same (`bridges.decode.FastPreprocess`).
         num_frames: most frames of a clip.
         fps: frames a second of a stretch of the clip; null spreads `num_frames` over all of it.
     """
@@ -79,6 +84,8 @@ class CaptionData(L.LightningDataModule):
         max_images: int = 5,
         min_similarity: float | None = None,
         loss_before_image: bool = False,
+        pack: bool = False,
+        decode: DecodeMode = "exact",
         num_frames: int = 8,
         fps: float | None = 1.0,
     ) -> None:
@@ -94,6 +101,8 @@ class CaptionData(L.LightningDataModule):
         self.seed = seed
         self.task: Task = task
         self.window = Window(max_tokens, max_images, min_similarity, loss_before_image)
+        self.pack = pack
+        self.decode: DecodeMode = decode
         self.clips = Clips(num_frames, fps)
         self.source_shards = [*self.train_shards, *self.held_out_shards]
         self._train: ShardStream[Any] | None = None
@@ -103,16 +112,19 @@ class CaptionData(L.LightningDataModule):
         """Makes this task's batches for a model.
 
         Raises:
-            ValueError: windows of documents that do not fit the model.
+            ValueError: windows of documents that do not fit the model; an LM that cannot keep
+                packed texts apart.
         """
         if self.task == "interleaved":
-            return DocumentCollator.of(model, self.window)
-        return CaptionCollator.of(
-            model,
-            self.max_caption_tokens,
-            questions=self.task == "instruction",
-            clips=self.clips if self.task == "video" else None,
-        )
+            collate = DocumentCollator.of(model, self.window)
+        else:
+            collate = CaptionCollator.of(
+                model,
+                self.max_caption_tokens,
+                questions=self.task == "instruction",
+                clips=self.clips if self.task == "video" else None,
+            )
+        return PackingCollator.of(model, collate) if self.pack else collate
 
     def connect(self, vision: VisionEncoder, collate: Collate, world_size: int = 1) -> None:
         """Fits the stream to what reads it: its preprocessing, its features, its batches.
@@ -191,7 +203,7 @@ class CaptionData(L.LightningDataModule):
     def _stream(self, shards: Sequence[Path], *, training: bool) -> ShardStream[Any]:
         return ShardStream(
             list(shards),
-            self._collate.decoder(self._vision.preprocess, training=training),
+            self._collate.decoder(self._vision.image_decoder(self.decode), training=training),
             seed=self.seed,
             shuffle=training,
             shuffle_buffer=self.shuffle_buffer,

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 import bridges
-from bridges.embedded import cache_dir, fetch
+from bridges.embedded import cache_dir
 from bridges.files import write_json, write_text
 from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import report
@@ -23,8 +23,8 @@ from recipes.data import CaptionData
 from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
 from recipes.gates import GATES_FILE
 from recipes.recording import PROVENANCE_FILE
-from recipes.scenes import scene_samples
-from recipes.shard_writer import MANIFEST, write_shards
+from recipes.scene_shards import write_scenes
+from recipes.shard_manifest import MANIFEST
 from recipes.train import CSV_LOGS, train
 
 BRIDGES = {
@@ -139,15 +139,10 @@ def demo(
 def scene_shards(console: Console) -> Path:
     """The shards of emoji scenes, drawn once and kept in the cache folder."""
     folder = cache_dir() / f"scenes-{SCENES_VERSION}"
-    done = folder / MANIFEST
-    if done.is_file():
-        return folder
-    emoji = fetch("emoji")
-    lock = FileLock(cache_dir() / f"{folder.name}.lock")
-    with lock, console.status("drawing emoji scenes"):
-        for split, n in SCENES.items():
-            write_shards(scene_samples(n, 0, split, emoji), folder, split, overwrite=True)
-        write_json(done, {"scenes": SCENES, "seed": 0})
+    with FileLock(cache_dir() / f"{folder.name}.lock"):
+        if not (folder / MANIFEST).is_file():
+            with console.status("drawing emoji scenes"):
+                write_scenes(folder, **SCENES, overwrite=True, progress=False)
     return folder
 
 

@@ -23,15 +23,16 @@ Source: MMC4 (arXiv 2304.06939), OBELICS (arXiv 2306.16527), open_flamingo's dat
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from PIL import Image
 from torch import Tensor
 
-from bridges.images import ImageError, open_image
-from bridges.vision import Preprocess
+from bridges.decode import ImageDecoder
+from bridges.images import open_image
 from recipes.cache import CacheForm
-from recipes.samples import numbered_images, read_features, read_meta, sample_error
+from recipes.samples import decode_image, numbered_images, read_features, read_meta, sample_error
+
+T = TypeVar("T")
 
 MAX_CACHED = 256
 """Pictures of one document whose features are cached: they are in memory together."""
@@ -125,22 +126,21 @@ def read_document(raw: Mapping[str, Any]) -> Document:
     return Document(raw["__key__"], tuple(parts), tuple(images), tuple(similarities), own)
 
 
-def decode_picture(raw: Mapping[str, Any], document: Document, image: int) -> Image.Image:
-    """One of the pictures of a document that was read from a raw sample, upright and RGB.
+def decode_picture(
+    raw: Mapping[str, Any], document: Document, image: int, into: Callable[[bytes], T] = open_image
+) -> T:
+    """One of the pictures of a document that was read from a raw sample, as `decode_image`.
 
     Raises:
         SampleError: it cannot be decoded.
     """
     data = document.images[image]
     assert isinstance(data, bytes)
-    try:
-        return open_image(data)
-    except ImageError as error:
-        raise sample_error(raw, "unreadable image", f"picture {image}: {error}") from error
+    return decode_image(raw, f"picture {image}", data, into=into)
 
 
 def all_pictures(
-    raw: Mapping[str, Any], preprocess: Preprocess
+    raw: Mapping[str, Any], preprocess: ImageDecoder
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Every picture of a document, for the feature cache, and the rest in our own form.
 
@@ -159,8 +159,7 @@ def all_pictures(
         similarity = document.similarities[part]
         known = {} if similarity is None else {"similarity": similarity}
         parts.append({"image": part, **known})
-    decoded = (decode_picture(raw, document, k) for k in range(len(document.images)))
-    pixels = [preprocess(picture) for picture in decoded]
+    pixels = [decode_picture(raw, document, k, preprocess.pixels) for k in range(len(document.images))]
     return pixels, {"json": {**document.meta, "parts": parts}}
 
 

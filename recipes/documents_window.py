@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bridges import PromptEncoder, VisionLanguageModel
+from bridges.decode import ImageDecoder
 from bridges.loss import IGNORE
 from bridges.prompts import END_OF_CHUNK
-from bridges.vision import Preprocess
 from recipes.batch import CaptionBatch, described
 from recipes.documents import Document, decode_picture, read_document
 from recipes.samples import sample_error
@@ -158,7 +158,7 @@ class DocumentDecoder:
         random_start: draw another window each epoch; else take the first.
     """
 
-    preprocess: Preprocess
+    preprocess: ImageDecoder
     encode: PromptEncoder
     window: Window
     random_start: bool
@@ -177,7 +177,7 @@ class DocumentDecoder:
             return {**sample, "features": chosen}
         # A picture may stand in several places.
         pixels = {
-            image: self.preprocess(decode_picture(raw, document, image))
+            image: decode_picture(raw, document, image, self.preprocess.pixels)
             for image in dict.fromkeys(found.images)
         }
         return {**sample, "images": [pixels[image] for image in found.images]}
@@ -218,7 +218,7 @@ class DocumentCollator:
         model.check_length(window.max_tokens)
         return cls(encode, window, vision.shape.grid, vision.image_size)
 
-    def decoder(self, preprocess: Preprocess, *, training: bool) -> DocumentDecoder:
+    def decoder(self, preprocess: ImageDecoder, *, training: bool) -> DocumentDecoder:
         return DocumentDecoder(preprocess, self.encode, self.window, random_start=training)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> CaptionBatch:

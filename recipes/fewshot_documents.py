@@ -212,7 +212,7 @@ def _content(
     found = document.images[image]
     if isinstance(found, Tensor):
         return found
-    return vision.preprocess(decode_picture(raw, document, image))
+    return decode_picture(raw, document, image, vision.image_decoder().pixels)
 
 
 def _patches(contents: Sequence[Tensor], vision: VisionEncoder) -> list[Tensor]:

@@ -79,7 +79,7 @@ class Pool:
         Raises:
             ValueError: no such sample.
         """
-        decode = CaptionDecoder(vision.preprocess, random_caption=False, questions=questions)
+        decode = CaptionDecoder(vision.image_decoder(), random_caption=False, questions=questions)
 
         def named(raw: Mapping[str, Any]) -> dict[str, Any]:
             pairs = read_questions(raw) if questions else []

@@ -99,7 +99,7 @@ def picture_stream(shards: Sequence[Path], vision: VisionEncoder) -> ShardStream
 
     def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
         name = name_of(raw, shards)
-        return decode_caption_sample(raw, transform=vision.preprocess) | {"name": name}
+        return decode_caption_sample(raw, transform=vision.image_decoder()) | {"name": name}
 
     return ShardStream(
         list(shards), decode, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bridges import Instruction, PromptEncoder, VisionLanguageModel
-from bridges.vision import Preprocess
+from bridges.decode import ImageDecoder
 from recipes.batch import CaptionBatch, CaptionCollator, Decode
 from recipes.documents_window import DocumentCollator
 
@@ -48,7 +48,7 @@ class PackingCollator:
         model.lm.check_packable()
         return cls(collate, model.lm.max_length)
 
-    def decoder(self, preprocess: Preprocess, *, training: bool) -> Decode:
+    def decoder(self, preprocess: ImageDecoder, *, training: bool) -> Decode:
         return self.collate.decoder(preprocess, training=training)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> CaptionBatch:

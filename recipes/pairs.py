@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bridges import Instruction
+from bridges.decode import ImageDecoder
 from bridges.prompts import encode_text
-from bridges.vision import Preprocess
 from recipes.batch import Batch, moved, pictures
 from recipes.samples import CaptionDecoder
 
@@ -58,7 +58,7 @@ class PairCollator:
     max_tokens: int
     grid: tuple[int, int]
 
-    def decoder(self, preprocess: Preprocess, *, training: bool) -> CaptionDecoder:
+    def decoder(self, preprocess: ImageDecoder, *, training: bool) -> CaptionDecoder:
         return CaptionDecoder(preprocess, random_caption=training)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> PairBatch:

@@ -4,9 +4,12 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,7 @@ def kill_writers(folder: Path, io: CheckpointIO, kills: int, seed: int = 0) -> d
         duration = time.perf_counter() - since
         for kill in track(range(kills), "kills of checkpoint writers", transient=True):
             if kill % 2:
-                steps, delay = 1, rng.uniform(0, 1.2 * duration)
+                steps, delay = 0, rng.uniform(0, 1.2 * duration)
             else:
                 steps, delay = rng.randint(1, 2 * _STEPS_OF_A_WRITE), rng.uniform(0, 5e-4)
             done = max(done, _write_and_kill(context, io, last, done, scratch, steps, delay))
@@ -99,10 +102,10 @@ def kill_writers(folder: Path, io: CheckpointIO, kills: int, seed: int = 0) -> d
 
 def _other_filesystem(folder: Path) -> Path | None:
     """A folder for temporary files on another file system."""
+    here = folder.stat().st_dev
     for candidate in (Path(tempfile.gettempdir()), Path("/dev/shm"), Path.home()):
-        if candidate.is_dir() and os.access(candidate, os.W_OK):
-            if candidate.stat().st_dev != folder.stat().st_dev:
-                return candidate
+        if os.access(candidate, os.W_OK) and candidate.stat().st_dev != here:
+            return candidate
     return None
 
 
@@ -126,30 +129,39 @@ def _step(io: CheckpointIO, last: Path) -> int | None:
 def _write_and_kill(
     context: Any, io: CheckpointIO, last: Path, done: int, scratch: str, steps: int, delay: float
 ) -> int:
-    """Lets a process write until so many signals and seconds later; the last step that it ended."""
+    """Lets a process write until so many seconds after so many signals; the last step it ended.
+
+    With no steps the seconds count from its first whole write, which imports slow down.
+    """
     here, there = context.Pipe(duplex=False)
     writer = context.Process(target=_write_for_ever, args=(io, last, done + 1, scratch, there))
     writer.start()
     there.close()
     try:
         with here:
-            for _ in range(steps):
-                done = max(done, here.recv())
+            told = _told(here)
+            if steps == 0:
+                done = next((step for step in told if step >= 0), done)
+            done = max((done, *itertools.islice(told, steps)))
             time.sleep(delay)
             writer.kill()
-            while True:
-                done = max(done, here.recv())
-    except EOFError:
+            done = max((done, *told))
         writer.join()
-        if writer.exitcode != -9:
-            raise RuntimeError(
-                f"found a writer of checkpoints that ended by itself ({writer.exitcode}); expected "
-                "it to be killed: its own message says why"
-            ) from None
-        return done
     finally:
         writer.kill()
-        writer.join()
+    if writer.exitcode != -signal.SIGKILL:
+        raise RuntimeError(
+            f"found a writer of checkpoints that ended by itself ({writer.exitcode}); expected it "
+            "to be killed: its own message says why"
+        )
+    return done
+
+
+def _told(here: Connection) -> Iterator[int]:
+    """The signals of a writer until it is gone."""
+    with suppress(EOFError):
+        while True:
+            yield here.recv()
 
 
 def _write_for_ever(

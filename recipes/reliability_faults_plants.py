@@ -5,56 +5,45 @@ from __future__ import annotations
 import io
 import json
 import random
-import struct
 import tarfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from bridges.images import MAX_ASPECT
+from recipes.reliability_faults_bombs import deep_json, gif_bomb, half_png, jpeg_bomb, png_bomb
 from recipes.samples import MAX_CHARACTERS, size_limit
 
 SAMPLES = 5
 """Samples of a shard; the fault is in one of them, or begins there."""
 
-
-@dataclass
-class Member:
-    """One member of a tar file: a file, or a link to ``target``."""
-
-    name: str
-    data: bytes = b""
-    type: bytes = tarfile.REGTYPE
-    target: str = ""
+_FOREIGN = ("pkl", "pyd", "pth", "pt", "npz", "jpg.gz", "html")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Damaged:
     """A shard with a fault.
 
     Attributes:
         data: of the file.
-        kind: that the fault must be counted by.
-        keys: that its record may name.
+        kinds: of the records that the fault must leave, one for each sample that it harms.
+        keys: that they may name.
         lost: keys of samples that the fault takes away; all others must be read.
-        before: the file as it was when it was indexed, if the fault came later.
-        records: how many there must be: one for each sample that is known of and lost.
+        known: what the project's writer made beside the shard and the damage left there.
     """
 
     data: bytes
-    kind: str
+    kinds: tuple[str, ...]
     keys: tuple[str | None, ...]
-    lost: frozenset[str] = field(default_factory=frozenset)
-    before: bytes | None = None
-    records: int = 1
+    lost: frozenset[str]
+    known: tuple[str, ...] = ()
 
 
 Samples = dict[str, dict[str, bytes]]
-Plant = Callable[[Samples, str, random.Random], Damaged]
-"""Samples by key, the key to harm, a source of chance -> a shard."""
+Plant = Callable[[Samples, str, random.Random, bytes], Damaged]
+"""Samples by key, the key to harm, a source of chance, the shard as the writer made it."""
 
 
 def good_samples(number: int) -> Samples:
@@ -64,27 +53,79 @@ def good_samples(number: int) -> Samples:
     for place in range(SAMPLES):
         key = f"s{number:04d}-{place}"
         picture = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8))
-        text = f"picture {key}"
-        meta = json.dumps({"caption": text}).encode()
-        samples[key] = {"png": encoded(picture, "PNG"), "txt": text.encode(), "json": meta}
+        meta = json.dumps({"caption": f"picture {key}"}).encode()
+        samples[key] = {"png": _encoded(picture, "PNG"), "txt": key.encode(), "json": meta}
     return samples
 
 
-def encoded(picture: Image.Image, format: str) -> bytes:
+def plants() -> dict[str, Plant]:
+    """Every plant, by what it does."""
+    tiff = _encoded(Image.new("I", (4, 4), 70_000), "TIFF")
+    line = _encoded(Image.new("RGB", (MAX_ASPECT + 50, 1)), "PNG")
+    huge = b"x" * (size_limit("txt") + 1)
+    long = json.dumps({"caption": "x" * (MAX_CHARACTERS + 1)}).encode()
+    indexed, listed = ("index", "manifest"), ("manifest",)
+    return {
+        "cut at a random byte": _truncated(at_border=False),
+        "cut at a member's border": _truncated(at_border=True),
+        "cut at a random byte, after indexing": _truncated(at_border=False, known=indexed),
+        "cut at a member's border, after indexing": _truncated(at_border=True, known=indexed),
+        "cut at a random byte, listed in a manifest": _truncated(at_border=False, known=listed),
+        "cut at a member's border, listed in a manifest": _truncated(at_border=True, known=listed),
+        "byte flipped in a header": _flipped_header,
+        "byte flipped in a header, after indexing": _flipped_later(0),
+        "byte flipped in a payload, after indexing": _flipped_later(1),
+        "no picture": _content("missing image", "png", lambda rng: None),
+        "no text": _no_caption,
+        "member twice": _member_twice,
+        "key twice, side by side": _key_twice(apart=False),
+        "key twice, far apart": _key_twice(apart=True),
+        "picture of no bytes": _content("empty image", "png", lambda rng: b""),
+        "picture of noise": _content("unreadable image", "png", lambda rng: rng.randbytes(90)),
+        "picture cut short": _content("unreadable image", "png", half_png),
+        "picture of 32-bit samples": _content("unsupported mode", "png", lambda rng: tiff),
+        "PNG that states 60,000 × 60,000": _content("too many pixels", "png", png_bomb),
+        "GIF that states 60,000 × 60,000": _content("too many pixels", "png", gif_bomb),
+        "JPEG that states 60,000 × 60,000": _content("too many pixels", "png", jpeg_bomb),
+        "picture of one line": _content("too narrow", "png", lambda rng: line),
+        "text of over a mebibyte": _content("member too large", "txt", lambda rng: huge),
+        "caption of 200,001 characters": _content("text too long", "json", lambda rng: long),
+        "text that is no UTF-8": _content("unreadable caption", "txt", lambda rng: b"caf\xe9 noir"),
+        "JSON cut short": _content("unreadable json", "json", lambda rng: b'{"caption": "a'),
+        "JSON of 20,000 levels": _content("unreadable json", "json", lambda rng: deep_json()),
+        "symbolic link": _link(tarfile.SYMTYPE),
+        "hard link": _link(tarfile.LNKTYPE),
+        "device": _link(tarfile.CHRTYPE),
+        "name that leaves its folder": _unsafe_name,
+        "member of another kind": _foreign_member,
+    }
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One member of a tar file: a file, or a link to ``target``."""
+
+    name: str
+    data: bytes = b""
+    type: bytes = tarfile.REGTYPE
+    target: str = ""
+
+
+def _encoded(picture: Image.Image, format: str) -> bytes:
     data = io.BytesIO()
     picture.save(data, format)
     return data.getvalue()
 
 
-def members_of(samples: Samples) -> list[Member]:
+def _members(samples: Samples) -> list[_Member]:
     return [
-        Member(f"{key}.{extension}", data)
+        _Member(f"{key}.{extension}", data)
         for key, members in samples.items()
         for extension, data in members.items()
     ]
 
 
-def tar_of(members: list[Member]) -> bytes:
+def _tar(members: list[_Member]) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for member in members:
@@ -94,201 +135,119 @@ def tar_of(members: list[Member]) -> bytes:
     return data.getvalue()
 
 
-def places_of(data: bytes) -> list[tuple[str, int, int, int]]:
-    """Of each member: name, byte of its header, of its payload, and after its padding."""
+def _places(data: bytes, key: str) -> list[tuple[int, int, int]]:
+    """Of each member of a sample: byte of its header, of its payload, and after its padding."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        found = [(m.name, m.offset, m.offset_data, m.size) for m in tar]
-    return [(name, at, start, start + -(-size // 512) * 512) for name, at, start, size in found]
+        own = [member for member in tar if member.name.startswith(f"{key}.")]
+    return [(m.offset, m.offset_data, m.offset_data + -(-m.size // 512) * 512) for m in own]
 
 
-# --- plants: content
+def _one(data: bytes, kind: str, key: str, known: tuple[str, ...] = ()) -> Damaged:
+    return Damaged(data, (kind,), (key,), frozenset((key,)), known)
 
 
-def content(kind: str, extension: str, make: Callable[[random.Random], bytes | None]) -> Plant:
-    """One member has other bytes, or none."""
+def _content(kind: str, extension: str, make: Callable[[random.Random], bytes | None]) -> Plant:
+    """One member has other bytes, or is not there."""
 
-    def plant(samples: Samples, key: str, rng: random.Random) -> Damaged:
+    def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
         data = make(rng)
-        if data is None:
-            del samples[key][extension]
-        else:
-            samples[key][extension] = data
-        return Damaged(tar_of(members_of(samples)), kind, (key,), frozenset((key,)))
+        others = {name: kept for name, kept in samples[key].items() if name != extension}
+        own = others if data is None else {**samples[key], extension: data}
+        return _one(_tar(_members({**samples, key: own})), kind, key)
 
     return plant
 
 
-def no_caption(samples: Samples, key: str, rng: random.Random) -> Damaged:
-    del samples[key]["txt"], samples[key]["json"]
-    return Damaged(tar_of(members_of(samples)), "missing caption", (key,), frozenset((key,)))
+def _no_caption(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+    own = {"png": samples[key]["png"]}
+    return _one(_tar(_members({**samples, key: own})), "missing caption", key)
 
 
-def foreign_member(samples: Samples, key: str, rng: random.Random) -> Damaged:
-    """The sample is still good: what is refused is left out."""
-    extension = rng.choice(("pkl", "pyd", "pth", "pt", "npz", "jpg.gz", "html"))
-    samples[key][extension] = rng.randbytes(40)
-    return Damaged(tar_of(members_of(samples)), "refused member", (key,))
+def _foreign_member(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+    """The sample itself stays good: what is refused is left out."""
+    own = {**samples[key], rng.choice(_FOREIGN): rng.randbytes(40)}
+    found = _one(_tar(_members({**samples, key: own})), "refused member", key)
+    return replace(found, lost=frozenset())
 
 
-# --- plants: structure
+def _member_twice(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+    """Two samples come of it, by webdataset's rule: a lone picture, and one of a known key."""
+    members = _members(samples)
+    at = next(i for i, member in enumerate(members) if member.name == f"{key}.png")
+    members.insert(at, members[at])
+    found = _one(_tar(members), "duplicate key", key)
+    return replace(found, kinds=("duplicate key", "missing caption"))
 
 
-def adjacent_duplicate(samples: Samples, key: str, rng: random.Random) -> Damaged:
-    members = members_of(samples)
-    at = next(i for i, m in enumerate(members) if m.name == f"{key}.png")
-    members.insert(at + 1, Member(f"{key}.png", members[at].data))
-    return Damaged(tar_of(members), "duplicate key", (key,), frozenset((key,)))
+def _key_twice(apart: bool) -> Plant:
+    """The first of the two samples stays good."""
+
+    def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+        members = _members(samples)
+        again = _members({key: samples[key]})
+        last = max(i for i, member in enumerate(members) if member.name.startswith(f"{key}."))
+        at = len(members) if apart else last + 1
+        found = _one(_tar([*members[:at], *again, *members[at:]]), "duplicate key", key)
+        return replace(found, lost=frozenset())
+
+    return plant
 
 
-def far_duplicate(samples: Samples, key: str, rng: random.Random) -> Damaged:
-    members = members_of(samples)
-    again = [Member(f"{key}.{name}", data) for name, data in samples[key].items()]
-    return Damaged(tar_of([*members, *again]), "duplicate key", (key,), frozenset((key,)))
-
-
-def link(type: bytes) -> Plant:
-    def plant(samples: Samples, key: str, rng: random.Random) -> Damaged:
-        members = members_of(samples)
-        at = next(i for i, m in enumerate(members) if m.name == f"{key}.png")
+def _link(type: bytes) -> Plant:
+    def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+        members = _members(samples)
         target = rng.choice(("/etc/passwd", "../x.png", members[0].name))
-        members[at] = Member(f"{key}.png", b"", type, target)
-        return Damaged(tar_of(members), "link or device", (key,), frozenset((key,)))
+        link = _Member(f"{key}.png", b"", type, target)
+        linked = [link if member.name == link.name else member for member in members]
+        return _one(_tar(linked), "link or device", key)
 
     return plant
 
 
-def unsafe_name(samples: Samples, key: str, rng: random.Random) -> Damaged:
+def _unsafe_name(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
     folder = rng.choice(("../", "/", "a/../../", "./../"))
-    members = members_of(samples)
-    for member in members:
-        if member.name.startswith(f"{key}."):
-            member.name = folder + member.name
-    named = tuple({key, folder + key, folder.strip("/") + key})
-    return Damaged(tar_of(members), "unsafe name", (*named, None), frozenset((key,)))
+    renamed = {folder + key if name == key else name: own for name, own in samples.items()}
+    found = _one(_tar(_members(renamed)), "unsafe name", folder + key)
+    return replace(found, lost=frozenset((key,)))
 
 
-def flipped_header(samples: Samples, key: str, rng: random.Random) -> Damaged:
+def _flipped_header(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
     """Found by the header's own checksum, when the shard is indexed."""
-    data = tar_of(members_of(samples))
-    name, at, _, _ = next(place for place in places_of(data) if place[0] == f"{key}.png")
-    return Damaged(
-        flip(data, at + rng.randrange(100), rng), "damaged header", (key, None), frozenset((key,))
-    )
+    at = rng.choice(_places(whole, key))[0] + rng.randrange(512)
+    return replace(_one(_flip(whole, at, rng), "damaged header", key), keys=(key, None))
 
 
-def flipped_later(part: str) -> Plant:
+def _flipped_later(part: int) -> Plant:
     """Found by the index's checksum, when the sample is read."""
 
-    def plant(samples: Samples, key: str, rng: random.Random) -> Damaged:
-        before = tar_of(members_of(samples))
-        place = rng.choice([p for p in places_of(before) if p[0].startswith(f"{key}.")])
-        first, last = (place[1], place[2]) if part == "header" else (place[2], place[3])
-        after = flip(before, rng.randrange(first, last), rng)
-        return Damaged(after, "damaged bytes", (key,), frozenset((key,)), before)
+    def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+        place = rng.choice(_places(whole, key))
+        at = rng.randrange(place[part], place[part + 1])
+        return _one(_flip(whole, at, rng), "damaged bytes", key, ("index", "manifest"))
 
     return plant
 
 
-def truncated(border: bool, later: bool) -> Plant:
-    """Cut within the sample, or before one of its members; it and all after it are gone."""
-
-    def plant(samples: Samples, key: str, rng: random.Random) -> Damaged:
-        before = tar_of(members_of(samples))
-        own = [place for place in places_of(before) if place[0].startswith(f"{key}.")]
-        cut = rng.choice(own)[1] if border else rng.randrange(own[0][1], own[-1][3])
-        keys = list(samples)
-        lost = keys[keys.index(key) :]
-        if later:
-            kind, keys = "truncated shard", tuple(lost)
-            return Damaged(before[:cut], kind, keys, frozenset(lost), before, len(lost))
-        # What stood after the cut is known to nobody.
-        return Damaged(before[:cut], "truncated shard", (key, None), frozenset(lost))
-
-    return plant
-
-
-def flip(data: bytes, at: int, rng: random.Random) -> bytes:
+def _flip(data: bytes, at: int, rng: random.Random) -> bytes:
     changed = bytearray(data)
-    changed[at] ^= rng.randrange(1, 256)
+    changed[at] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-# --- pictures that state a size, and text
+def _truncated(at_border: bool, known: tuple[str, ...] = ()) -> Plant:
+    """Cut within the sample, or before one of its members; it and all after it are gone."""
 
+    def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
+        keys = list(samples)
+        if at_border and "index" not in known:
+            # That a sample lacks members shows by comparison with one that stands before it.
+            key = keys[max(1, keys.index(key))]
+        own = _places(whole, key)
+        cut = rng.choice(own)[0] if at_border else rng.randrange(own[0][0] + 1, own[-1][2])
+        lost = keys[keys.index(key) :]
+        # What stood after the cut is known to nobody, where nothing was written down before.
+        kinds = ("truncated shard",) * (len(lost) if known else 1)
+        named = tuple(lost) if "index" in known else (*lost, None)
+        return Damaged(whole[:cut], kinds, named, frozenset(lost), known)
 
-def png_bomb(rng: random.Random) -> bytes:
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
-
-
-def gif_bomb(rng: random.Random) -> bytes:
-    data = bytearray(encoded(Image.new("P", (4, 4)), "GIF"))
-    data[6:10] = struct.pack("<HH", 60_000, 60_000)
-    return bytes(data)
-
-
-def jpeg_bomb(rng: random.Random) -> bytes:
-    data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
-    return bytes(data)
-
-
-def deep_json(rng: random.Random) -> bytes:
-    return b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
-
-
-def half_png(rng: random.Random) -> bytes:
-    whole = encoded(Image.effect_noise((20, 20), 60), "PNG")
-    return whole[: rng.randrange(1, len(whole) - 20)]
-
-
-def _const(data: bytes) -> Callable[[random.Random], bytes]:
-    return lambda rng: data
-
-
-def plants() -> dict[str, Plant]:
-    """Every plant, by what it does."""
-    tiff = encoded(Image.new("I", (4, 4), 70_000), "TIFF")
-    line = encoded(Image.new("RGB", (MAX_ASPECT + 50, 1)), "PNG")
-    huge = b"x" * (size_limit("txt") + 1)
-    long = json.dumps({"caption": "x" * (MAX_CHARACTERS + 1)}).encode()
-    return {
-        "cut at a random byte": truncated(border=False, later=False),
-        "cut at a member border": truncated(border=True, later=False),
-        "cut at a random byte, after indexing": truncated(border=False, later=True),
-        "cut at a member border, after indexing": truncated(border=True, later=True),
-        "byte flipped in a header": flipped_header,
-        "byte flipped in a header, after indexing": flipped_later("header"),
-        "byte flipped in a payload, after indexing": flipped_later("payload"),
-        "no picture": content("missing image", "png", lambda rng: None),
-        "no text": no_caption,
-        "member twice, side by side": adjacent_duplicate,
-        "key again, far away": far_duplicate,
-        "picture of no bytes": content("empty image", "png", _const(b"")),
-        "picture of random bytes": content(
-            "unreadable image", "png", lambda rng: rng.randbytes(90)
-        ),
-        "picture cut short": content("unreadable image", "png", half_png),
-        "picture of 32-bit samples": content("unsupported mode", "png", _const(tiff)),
-        "PNG that states 60,000 × 60,000": content("too many pixels", "png", png_bomb),
-        "GIF that states 60,000 × 60,000": content("too many pixels", "png", gif_bomb),
-        "JPEG that states 60,000 × 60,000": content("too many pixels", "png", jpeg_bomb),
-        "picture of one line": content("too narrow", "png", _const(line)),
-        "text of more than a mebibyte": content("member too large", "txt", _const(huge)),
-        "caption of 200,001 characters": content("text too long", "json", _const(long)),
-        "text that is no UTF-8": content(
-            "unreadable caption", "txt", lambda rng: b"caf\xe9" + rng.randbytes(3)
-        ),
-        "JSON cut short": content("unreadable json", "json", _const(b'{"caption": "a')),
-        "JSON of 20,000 levels": content("unreadable json", "json", deep_json),
-        "symbolic link": link(tarfile.SYMTYPE),
-        "hard link": link(tarfile.LNKTYPE),
-        "device": link(tarfile.CHRTYPE),
-        "name with .. or a leading slash": unsafe_name,
-        "member of no allowed kind": foreign_member,
-    }
+    return plant

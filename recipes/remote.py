@@ -26,6 +26,7 @@ from recipes.shard_store import index_path, load_index
 SCHEMES = ("file", "http", "https", "s3", "gs")
 _LISTED = ("s3", "gs")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^]:@[\s\\]+)(:[0-9]+)?")
 # Of a drive, a hidden file, a folder or a query there is nothing in it.
 _SHARD = re.compile(r"[^./\\:?#\x00-\x1f][^/\\:?#\x00-\x1f]{0,200}\.tar")
 _MAX_MANIFEST = 256 << 20
@@ -40,7 +41,11 @@ def is_url(name: str) -> bool:
 
 def is_remote_folder(name: str) -> bool:
     """Whether it is the URL of a folder, which has splits in it as a local one has."""
-    return is_url(name) and not name.endswith(".tar") and not any(c in name for c in "*[{")
+    return is_url(name) and not name.endswith(".tar") and not any(c in _path(name) for c in "*[{")
+
+
+def _path(url: str) -> str:
+    return url.partition("://")[2].partition("/")[2]
 
 
 def check_url(url: str) -> str:
@@ -52,8 +57,8 @@ def check_url(url: str) -> str:
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else ""
     # What is refused is shown, but for what may be secret in it.
-    shown = re.sub(r"//.*@", "//…@", re.sub(r"[?#].*", "?…", url, flags=re.S), flags=re.S)
-    if scheme not in SCHEMES or "::" in url.replace("[::", "["):
+    shown = re.sub(r"[?#].*", "?…", re.sub(r"//.*@", "//…@", url, flags=re.S), flags=re.S)
+    if scheme not in SCHEMES:
         raise ShardError(
             f"{shown!r} is of a kind that is not read; expected a local path or a URL of "
             f"{', '.join(f'{allowed}:' for allowed in SCHEMES)}: download the shards first "
@@ -65,9 +70,11 @@ def check_url(url: str) -> str:
             f"{shown!r} holds credentials or a query; expected the bare address, as it is written "
             "into logs and runs: put passwords into .netrc, tokens into fsspec's configuration"
         )
-    hosted = url[len(scheme) :].startswith("://") and host not in ("", ".", "..")
-    local = scheme == "file" and host in ("", "localhost")
-    if not (slash and path and (local or (hosted and scheme != "file"))):
+    if scheme == "file":
+        whole = host in ("", "localhost")
+    else:
+        whole = url[len(scheme) :].startswith("://") and _HOST.fullmatch(host) is not None
+    if not (whole and slash and path):
         example = "file:///folder/train-000000.tar" if scheme == "file" else f"{scheme}://host/set/"
         raise ShardError(f"{shown!r} names no place; expected a form like {example}")
     return scheme
@@ -91,6 +98,7 @@ def expand_url(url: str) -> list[Path]:
     scheme = check_url(url)
     if scheme == "file":
         return expand_shards(url2pathname(urlsplit(url).path))
+    url = scheme + url[len(scheme) :]
     try:
         urls = list(braceexpand(url, escape=False))
     except ValueError as error:
@@ -100,7 +108,7 @@ def expand_url(url: str) -> list[Path]:
 
 
 def _expand(url: str, scheme: str, places: dict[str, Path]) -> list[Path]:
-    if any(character in url.partition("://")[2].partition("/")[2] for character in "*["):
+    if any(character in _path(url) for character in "*["):
         if scheme not in _LISTED:
             raise ShardError(
                 f"{url!r} is a glob; expected a plain address, as {scheme}: has no lists of files: "

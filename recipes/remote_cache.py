@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
@@ -40,7 +41,12 @@ def cache_place(folder: str) -> Path:
 
 def url_of(path: Path) -> str | None:
     """Where a shard in the cache comes from; None of any other shard."""
-    return _origin(path.parent) + path.name if path.parent.parent == _root() else None
+    if path.parent.parent != _root():
+        return None
+    try:
+        return _origin(path.parent) + path.name
+    except FileNotFoundError:
+        return None
 
 
 def open_shard(path: Path) -> IO[bytes]:
@@ -52,45 +58,41 @@ def open_shard(path: Path) -> IO[bytes]:
         ShardError: it cannot be fetched, or is not what its manifest says.
         OSError: as `open`; the disk is full.
     """
-    if url_of(path) is None:
+    url = url_of(path)
+    if url is None:
         return path.open("rb", buffering=0)
     while True:
-        ensure_local(path)
-        try:
-            file = path.open("rb", buffering=0)
-        except FileNotFoundError:  # removed in between, to make room for another
-            continue
-        in_use(file)
-        return file
+        with suppress(FileNotFoundError):
+            return _opened(path)
+        with _lock(path):
+            if not path.exists():
+                _fetch(path, url)
 
 
-def ensure_local(path: Path) -> None:
-    """Fetches a remote shard if it is not there; who comes second waits for who came first.
+def _opened(path: Path) -> IO[bytes]:
+    file = path.open("rb", buffering=0)
+    in_use(file)
+    return file
 
-    Raises:
-        ShardError: as `open_shard`.
-    """
-    if path.exists() or (url := url_of(path)) is None:
-        return
+
+def _fetch(path: Path, url: str) -> None:
     # Not before it is needed: the network's libraries take a while to load.
     from recipes.remote_fetch import fetch
 
-    with _lock(path):
-        if path.exists():
-            return
-        expected = _expected(path)
-        limit = expected[0] if expected else room(_root())
-        make_room(_root(), limit if expected else 0)
-        try:
-            with staged(path, (lambda: limit) if expected else None) as temporary:
-                fetch(url, temporary, limit)
-                if expected:
-                    _verify(temporary, url, *expected)
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"no shard at {url} that may be read; expected one: check the address"
-            ) from error
-        make_room(_root(), 0, keep=path)
+    expected = _expected(path)
+    limit = expected[0] if expected else room(_root())
+    make_room(_root(), limit if expected else 0)
+    try:
+        with staged(path, (lambda: limit) if expected else None) as temporary:
+            fetch(url, temporary, limit)
+            if expected:
+                _verify(temporary, url, *expected)
+    except FileNotFoundError as error:
+        raise ShardError(
+            f"no shard at {url} that may be read; expected one: check the address"
+        ) from error
+    # Of a size that was not known before.
+    make_room(_root(), 0, keep=path)
 
 
 _waiting: list[Path] = []
@@ -113,7 +115,7 @@ def prefetch(shards: Sequence[Path]) -> None:
 def _fetch_waiting() -> None:
     while waiting := _waiting:
         try:
-            ensure_local(waiting.pop(0))
+            open_shard(waiting.pop(0)).close()
         except Exception as error:  # who opens the shard meets it again, and raises it
             logger.warning("not fetched ahead of time: %s", error)
 

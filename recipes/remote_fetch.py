@@ -141,13 +141,14 @@ def _stop_at_lasting(url: str, error: Exception) -> None:
     """Raises another error for what no further try would change."""
     status = getattr(error, "status", 0)
     if isinstance(error, (FileNotFoundError, PermissionError)) or status in _REFUSED:
-        raise FileNotFoundError(errno.ENOENT, "no such file, or not allowed to read it", url)
+        said = "no such file, or not allowed to read it"
+        raise FileNotFoundError(errno.ENOENT, said, url) from None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise error
     if isinstance(error, aiohttp.InvalidURL) or (400 <= status < 500 and status not in _BUSY):
         raise ShardError(
             f"{url} cannot be fetched: {_reason(error)}; expected the file: check the address"
-        )
+        ) from None
 
 
 def _reason(error: Exception) -> str:

@@ -6,11 +6,11 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
+from bridges.decode import ImageDecoder
 from bridges.images import (
     ImageError,
     TooManyPixelsError,
@@ -18,7 +18,6 @@ from bridges.images import (
     UnsupportedModeError,
     open_image,
 )
-from bridges.vision import Preprocess
 from recipes.features import MEMBER, decode_features, has_features
 from recipes.samples_json import parse_json
 
@@ -49,6 +48,9 @@ _IMAGE_KINDS: dict[type[ImageError], str] = {
 _NUMBERED = re.compile(rf"(0|[1-9][0-9]{{0,5}})\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
+T = TypeVar("T")
+
+
 class SampleError(ValueError):
     """One sample that cannot be used. ``kind`` is what such samples are counted by."""
 
@@ -71,14 +73,14 @@ def size_limit(extension: str) -> int:
 def decode_caption_sample(
     raw: Mapping[str, Any],
     *,
-    transform: Callable[[Image.Image], Any] | None = None,
+    transform: ImageDecoder | None = None,
     rng: random.Random | None = None,
 ) -> dict[str, Any]:
     """Turns a raw sample into a picture (or its cached features) and its captions.
 
     Args:
         raw: Extension → bytes, as ``ShardStream`` gives it.
-        transform: Applied to the RGB picture.
+        transform: Makes pixels of the picture; None leaves it an RGB picture.
         rng: When given, the captions come in random order, so that the first is a random one.
 
     Returns:
@@ -92,8 +94,9 @@ def decode_caption_sample(
     sample = read_caption(raw, rng)
     if has_features(raw):
         return {**sample, "features": read_features(raw, 2)}
-    image = decode_image(raw, image_extension(raw, instead=tuple(sorted(set(MEMBER.values())))))
-    return {**sample, "image": transform(image) if transform else image}
+    member = image_extension(raw, instead=tuple(sorted(set(MEMBER.values()))))
+    into = open_image if transform is None else transform.pixels
+    return {**sample, "image": decode_image(raw, member, into=into)}
 
 
 def read_caption(raw: Mapping[str, Any], rng: random.Random | None = None) -> dict[str, Any]:
@@ -123,13 +126,20 @@ def read_features(raw: Mapping[str, Any], ndim: int) -> torch.Tensor:
     return features
 
 
-def decode_image(raw: Mapping[str, Any], name: str, data: bytes | None = None) -> Image.Image:
-    """A picture of a raw sample, upright and RGB.
+def decode_image(
+    raw: Mapping[str, Any],
+    name: str,
+    data: bytes | None = None,
+    *,
+    into: Callable[[bytes], T] = open_image,
+) -> T:
+    """A picture of a raw sample; upright and RGB, if it is not to be made into something else.
 
     Args:
         raw: the sample.
         name: of the member; for the message only, where there are `data`.
         data: the encoded picture, where it stands within another member.
+        into: what is made of the bytes, such as the `pixels` of an `ImageDecoder`.
 
     Raises:
         SampleError: it cannot be decoded; the kind says why.
@@ -138,7 +148,7 @@ def decode_image(raw: Mapping[str, Any], name: str, data: bytes | None = None) -
     if not data:
         raise sample_error(raw, "empty image", f"{name} has no bytes; expected a picture")
     try:
-        return open_image(data)
+        return into(data)
     except ImageError as error:
         kind = _IMAGE_KINDS.get(type(error), "unreadable image")
         raise sample_error(raw, kind, f"{name}: {error}") from error
@@ -156,7 +166,7 @@ class CaptionDecoder:
             sample without any is given its caption as the answer and no question.
     """
 
-    preprocess: Preprocess
+    preprocess: ImageDecoder
     random_caption: bool
     questions: bool = False
 

@@ -1,22 +1,15 @@
-"""Shards as files: found by name, checked by their tar headers, read from a byte on."""
+"""Shards as files: found by what names them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import re
-import tarfile
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from braceexpand import braceexpand
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-
-# webdataset passes over metadata members of this form; a scan must count as it reads.
-_METADATA = re.compile(r"__[^/]*__($|/)")
 
 
 class ShardError(ValueError):
@@ -92,66 +85,3 @@ def shard_digest(shard: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def count_samples(shard: Path) -> int:
-    """Counts the samples of a shard by its tar headers; checks it as ``ShardStream`` does."""
-    return len(sample_offsets(shard))
-
-
-def sample_offsets(shard: Path) -> array[int]:
-    """Where each sample's first header stands, in bytes.
-
-    Raises:
-        ShardError: Unreadable or truncated (an archive cut between two members looks whole to
-            a streaming reader, which then loses the rest silently), a key or a member that
-            occurs twice, a link or device.
-    """
-    offsets: array[int] = array("Q")
-    keys: set[str] = set()
-    members: set[tuple[str, str]] = set()
-    current = None
-    try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isdir() or _METADATA.match(member.name):
-                    continue
-                if not member.isreg():
-                    raise ShardError(
-                        f"{shard}: member {member.name!r} is a link or device; expected plain "
-                        f"files: rewrite the shard with the files themselves"
-                    )
-                key, extension = base_plus_ext(member.name)
-                if key is None or extension is None:  # README, .DS_Store: no sample's
-                    continue
-                if (key, extension.lower()) in members or (key != current and key in keys):
-                    raise ShardError(
-                        f"{shard}: key {key!r} occurs twice (at {member.name!r}); expected each "
-                        f"sample's members once and side by side: rewrite the shard"
-                    )
-                members.add((key, extension.lower()))
-                if key != current:
-                    keys.add(key)
-                    offsets.append(member.offset)
-                    current = key
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ShardError(
-                    f"{shard}: truncated or damaged after {len(offsets)} samples (no end-of-"
-                    f"archive mark at byte {tar.offset:,}); copy or write it again"
-                )
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ShardError(
-            f"{shard}: not a complete, uncompressed tar file ({error}); copy or write it again"
-        ) from error
-    return offsets
-
-
-def read_samples(shard: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The samples of a shard from the byte ``offset`` on, members as raw bytes.
-
-    webdataset is handed an open file, never a name: there is nothing it could run or fetch.
-    """
-    with shard.open("rb") as file:
-        file.seek(offset)
-        yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": file}]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,11 +13,10 @@ import xxhash
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
+from recipes.shard_faults import Fault, read_name
 from recipes.shard_files import ShardError
 from recipes.shard_members import BLOCK, Damage, Member, TarReader, checksum_holds
 
-# webdataset passes over metadata members of this form; a scan must count as it reads.
-_METADATA = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -26,24 +24,8 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_MAX_NAME = 1024
 # A crafted shard may have one every 512 bytes.
 _MAX_FAULTS = 10_000
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with a part of a shard, so that a sample cannot be had, or not as it was.
-
-    Attributes:
-        kind: what such faults are counted by, e.g. ``duplicate key``.
-        key: of the sample, where it is known.
-        problem: what was found.
-    """
-
-    kind: str
-    key: str | None
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +167,7 @@ class _Samples:
             else:
                 self._more_faults += 1
             return
-        key, extension, fault = _read_name(found)
+        key, extension, fault = read_name(found)
         if key is None:
             if fault:
                 self._fault(found.offset, fault)
@@ -287,47 +269,17 @@ class _Samples:
             # Nothing says whose it was; a sample that has what the others have is whole.
             victims = victims or [side for side in sides if side.extensions() != usual]
         lost = set()
-        named = False
         for victim in victims:
             if victim.row is not None:
                 lost.add(victim.row)
                 self._fault(damage.offset, Fault(damage.kind, victim.key, damage.problem))
-            named = True
-        if not named:
-            key = base_plus_ext((damage.name or b"").decode("utf-8", "backslashreplace"))[0]
-            key = None if key in self._seen else key
+        if not victims:
+            name = damage.name or b""
+            key = base_plus_ext(name.decode("utf-8", "backslashreplace"))[0]
+            # Cut short or written in other letters, or the damage made it another sample's.
+            key = None if key in self._seen or len(name) == 100 or b"?" in name else key
             self._fault(damage.offset, Fault(damage.kind, key, damage.problem))
         return lost
-
-
-def _read_name(member: Member) -> tuple[str | None, str, Fault | None]:
-    """(key, extension, what is wrong) of a member; no key where it is no sample's."""
-    name = member.name
-    if member.passed_over or (_METADATA.match(name) and len(name) <= _MAX_NAME):
-        return None, "", None
-    shown = name[:_MAX_NAME].encode("utf-8", "backslashreplace").decode()
-    key, extension = base_plus_ext(shown)
-    fault = None
-    if problem := _unsafe(name):
-        fault = Fault("unsafe name", key, f"the member {shown[:200]!r} {problem}")
-    elif not member.plain:
-        kind = "link or device" if member.what != "a sparse file" else "refused member"
-        fault = Fault(kind, key, f"the member {shown[:200]!r} is {member.what}")
-    return key, (extension or "").lower(), fault
-
-
-def _unsafe(name: str) -> str:
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        return "has a name that is not UTF-8"
-    if length > _MAX_NAME:
-        return f"has a name of {length:,} bytes; expected at most {_MAX_NAME:,}"
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return "has an absolute path"
-    if "\\" in name or "\0" in name:
-        return "has a backslash or a zero byte in its name"
-    return "leaves its folder" if ".." in name.split("/") else ""
 
 
 def _owns(group: _Group, damage: Damage) -> bool:

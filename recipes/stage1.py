@@ -183,6 +183,10 @@ class Stage1Module(BridgeModule):
             raise ValueError(
                 f"found data.task: {data.task}; expected caption: stage 1 learns from captions"
             )
+        if data.pack:
+            raise ValueError(
+                "found data.pack: true; expected false: stage 1's losses compare whole texts"
+            )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the losses."""

@@ -22,12 +22,13 @@ from recipes.bad_samples import BadSample, BadSamples
 from recipes.order import EpochOrder
 from recipes.samples import MEMBERS, SampleError, is_member, size_limit
 from recipes.shard_files import ShardError, expand_shards
-from recipes.shard_index import ShardIndex, shard_indexes
+from recipes.shard_index import Fault, ShardIndex, missing_shards, shard_indexes
 
 _PASSED_OVER = frozenset(("cls",))
 _OPEN_FILES = 32
 _INDEXES = 256
 _TRIES = 100
+_BETWEEN = 4 << 20  # headers, long names, and members that are no sample's
 
 T = TypeVar("T")
 
@@ -93,6 +94,13 @@ class ShardStream(Dataset[Read[T]]):
         self.seed = seed
         self.on_error = on_error
         self._block = shuffle_buffer if shuffle else 0
+        if gone := missing_shards(self.shards):
+            raise ShardError(
+                f"found no {', '.join(gone[:10])}, which the manifest beside "
+                f"{self.shards[0]} lists; expected all {len(gone)} that are missing: copy them "
+                "again, or if they are not wanted, run 'bridges shards index FOLDER --overwrite "
+                "true'"
+            )
         indexes = shard_indexes(self.shards, progress=progress)
         self._counts = [len(index) for index in indexes]
         self.total_samples = sum(self._counts)
@@ -190,7 +198,7 @@ class ShardStream(Dataset[Read[T]]):
 
     def _take_faults(self, indexes: Sequence[ShardIndex]) -> None:
         found = [
-            BadSample(str(shard), fault.key, fault.kind, f"{shard}: {fault.problem}", str(number))
+            BadSample(str(shard), fault.key, fault.kind, _named_fault(shard, fault), str(number))
             for shard, index in zip(self.shards, indexes, strict=True)
             for number, fault in enumerate(index.faults)
         ]
@@ -241,6 +249,13 @@ class ShardStream(Dataset[Read[T]]):
                     kind="member too large",
                 )
         start, end = int(index.offsets[sample]), int(index.ends[sample])
+        room = sum(size for _, size in where.values()) + _BETWEEN
+        if end - start > room:
+            raise SampleError(
+                f"{path}: sample {key!r}: its members are spread over {end - start:,} bytes; "
+                f"expected at most {room:,}: rewrite the shard without what lies between them",
+                kind="member too large",
+            )
         data = self._read(shard, start, end - start)
         if xxhash.xxh3_64_intdigest(data) != int(index.checksums[sample]):
             raise SampleError(
@@ -259,6 +274,8 @@ class ShardStream(Dataset[Read[T]]):
         index = self._indexes.pop(shard, None)
         if index is None:
             index = shard_indexes([self.shards[shard]])[0]
+            if len(index) != self._counts[shard]:
+                raise ShardError(f"{self.shards[shard]} has changed while in use; start again")
         self._indexes[shard] = index
         if len(self._indexes) > _INDEXES:
             self._indexes.popitem(last=False)
@@ -283,3 +300,8 @@ class ShardStream(Dataset[Read[T]]):
     def __del__(self) -> None:
         for file in self.__dict__.get("_files", {}).values():
             file.close()
+
+
+def _named_fault(shard: Path, fault: Fault) -> str:
+    sample = "" if fault.key is None else f" sample {fault.key!r}:"
+    return f"{shard}:{sample} {fault.problem}"

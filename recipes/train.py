@@ -16,10 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from bridges.files import remove_orphans
 from bridges.precision import resolve_dtype
 from bridges.run import RUN_FILE
 from recipes.arguments import CONFIGS, chosen, expand_configs, expand_data
-from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint
+from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint, read_checkpoint
 from recipes.data import split_shards
 from recipes.finite import SkipNonFinite
 from recipes.gates import GateRecorder
@@ -194,7 +195,9 @@ def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
     if resume is None:
         module.initialise()
     else:
-        belongs = torch.load(resume, map_location="cpu", weights_only=True)["fingerprints"]
+        for written in (folder, resume.parent):
+            remove_orphans(written)
+        belongs = read_checkpoint(resume)["fingerprints"]
         module.check_fingerprints(belongs, f"the run in {folder}")
     module.vision.to(trainer.strategy.root_device)
     collator = module.collator if isinstance(data, MixtureData) else module.collator(data)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridges.vision import Preprocess
+from bridges.decode import ImageDecoder
 from recipes.cache import CacheForm
 from recipes.samples import (
     decode_image,
@@ -108,7 +108,7 @@ class ClipDecoder:
         training: draw the stretch, and one of several captions, anew every epoch.
     """
 
-    preprocess: Preprocess
+    preprocess: ImageDecoder
     clips: Clips
     training: bool
 
@@ -135,7 +135,7 @@ def clip_form(clips: Clips) -> CacheForm:
 
 
 def _all_frames(
-    raw: Mapping[str, Any], preprocess: Preprocess, *, clips: Clips
+    raw: Mapping[str, Any], preprocess: ImageDecoder, *, clips: Clips
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """The frames of a clip and its text, for the feature cache; one too many shows a cut."""
     return _frames(raw, preprocess, clips, None, MAX_CACHED + 1), read_text(raw)
@@ -143,7 +143,7 @@ def _all_frames(
 
 def _frames(
     raw: Mapping[str, Any],
-    preprocess: Preprocess,
+    preprocess: ImageDecoder,
     clips: Clips,
     rng: random.Random | None,
     first: int | None = None,
@@ -156,7 +156,7 @@ def _frames(
         raise sample_error(raw, "missing video", f"{found}; {wanted}")
     if numbered:
         members = _stored(raw, numbered, clips, rng, first)
-        return [preprocess(decode_image(raw, member)) for member in members]
+        return [decode_image(raw, member, into=preprocess.pixels) for member in members]
     try:
         with VideoFile(raw["mp4"]) as video:
             moments = clips.moments(video.seconds, video.num_frames, rng, first)

@@ -22,6 +22,7 @@ from bridges import (
     add_image_token,
     bridge_factory,
 )
+from bridges.preprocess import ExactDecoder
 
 VOCABULARY = 120
 """Rows of the LMs' embeddings: a few more than the tokenizer has tokens."""
@@ -156,6 +157,10 @@ def preprocess(image: Image.Image) -> Tensor:
     """A PIL image -> (3, h, w) in 0…1."""
     small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
     return torch.from_numpy(np.array(small, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+DECODER = ExactDecoder(preprocess)
+"""Encoded pictures -> (3, h, w) in 0…1."""
 
 
 _VIT_LIKE = {

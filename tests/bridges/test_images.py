@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridges.images import ImageError, open_image
+from bridges.images import ImageError, TooNarrowError, open_image
 
 # What Pillow must have done to a picture for the tag to undo it (the EXIF table, read backwards).
 STORED_AS = {
@@ -187,6 +187,16 @@ def test_pillows_own_limit_is_an_error_too(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ImageError, match="Decompression"):
         open_image(encode(noise()))
+
+
+@pytest.mark.parametrize("size", [(101, 1), (2, 201)])
+def test_a_narrow_picture_is_refused_before_decoding(size, monkeypatch):
+    """Of 1×60,000 an encoder that scales the shorter side would make billions of pixels."""
+    open_image(encode(Image.new("1", (100, 1))))
+    data = encode(Image.new("1", size))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(TooNarrowError, match="at most 100 times the other"):
+        open_image(data)
 
 
 def test_32_bit_samples_are_refused():

@@ -1,5 +1,6 @@
 """The frozen encoder: which layer, which tokens, in which order, from which folder."""
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bridges import VisionEncoder
-from bridges.preprocess import Rescale
+from bridges.preprocess import HFPreprocess, Rescale
 
 SIZE = tiny.IMAGE_SIZE
 
@@ -251,6 +252,72 @@ def test_the_default_encoder_squashes_to_its_square():
     white = preprocess(Image.new("RGB", (20, 10), "white"))
     assert white.shape == (3, 6, 6)
     assert white.unique().tolist() == [1.0]
+
+
+# --- fast pixels
+
+
+def clip(dtype: torch.dtype = torch.float32, **options: Any) -> VisionEncoder:
+    preprocess = HFPreprocess(hf.CLIPImageProcessor(**_CROP, **options))
+    model = tiny.vision_model("clip").to(dtype)
+    return VisionEncoder(model, preprocess, image_size=(SIZE, SIZE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uint8_pixels_are_normalised_in_fp32(dtype: torch.dtype):
+    encoder = clip(dtype)
+    assert encoder.fast_preprocess is not None
+    pixels = torch.randint(0, 256, (2, 1, 3, SIZE, SIZE), dtype=torch.uint8)
+    mean = torch.tensor(encoder.fast_preprocess.mean)[:, None, None]
+    std = torch.tensor(encoder.fast_preprocess.std)[:, None, None]
+    by_hand = (pixels.float() / 255 - mean) / std
+    torch.testing.assert_close(encoder.fast_preprocess.normalise(pixels), by_hand)
+    normalised = encoder.fast_preprocess.normalise(pixels).to(dtype)
+    found, expected = encoder.encode(pixels).patches, encoder.encode(normalised).patches
+    assert found.dtype == dtype and torch.equal(found, expected)
+    # Clips, and beside padding, too.
+    clips = pixels[:, :, None].expand(2, 1, 3, 3, SIZE, SIZE)
+    mask = torch.tensor([[[True, True, False]], [[True, False, False]]])
+    found = encoder.encode(clips, frame_mask=mask).patches
+    assert torch.equal(found, encoder.encode(normalised[:, :, None].expand_as(clips),
+                                             frame_mask=mask).patches)  # fmt: skip
+
+
+def test_uint8_pixels_of_an_unknown_preprocessing_are_passed_on():
+    encoder = tiny.vision_encoder("clip")
+    assert encoder.fast_preprocess is None
+    pixels = torch.randint(0, 256, (1, 1, 3, SIZE, SIZE), dtype=torch.uint8)
+    assert torch.equal(encoder.encode(pixels).patches, encoder.encode(pixels.float()).patches)
+
+
+def test_a_decoder_is_chosen_by_name():
+    encoder, stream = clip(), io.BytesIO()
+    Image.effect_noise((30, 20), 80.0).convert("RGB").save(stream, "PNG")
+    exact, fast = (encoder.image_decoder(name).pixels(stream.getvalue())
+                   for name in ("exact", "fast"))  # fmt: skip
+    assert torch.equal(exact, encoder.preprocess(Image.open(stream)))
+    assert fast.dtype == torch.uint8
+    assert encoder.fast_preprocess is not None
+    torch.testing.assert_close(encoder.fast_preprocess.normalise(fast), exact, atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="found preprocess, which cannot be done fast"):
+        tiny.vision_encoder("clip").image_decoder("fast")
+
+
+def test_the_transform_has_a_fingerprint_of_its_own():
+    encoder = clip()
+    fingerprint = encoder.fingerprint
+    found = encoder.transform_fingerprint("fast")
+    assert encoder.fingerprint == fingerprint
+    assert clip().transform_fingerprint("fast") == found
+    bilinear = clip(resample=Image.Resampling.BILINEAR)
+    others = [encoder.transform_fingerprint(), bilinear.transform_fingerprint(),
+              bilinear.transform_fingerprint("fast")]  # fmt: skip
+    assert encoder.transform_fingerprint("exact") == others[0]
+    unknown = tiny.vision_encoder("clip")
+    others.append(unknown.transform_fingerprint())
+    assert len({found, *others}) == 5
+    with pytest.raises(ValueError, match="set decode: exact"):
+        unknown.transform_fingerprint("fast")
 
 
 def test_pixels_and_masks_of_another_form_are_refused():

@@ -1,22 +1,29 @@
 """The feature cache: exact, complete, never stale, and what it does with a bad picture."""
 
-import hashlib
+import copy
 import io
-import json
+import itertools
 import logging
+import multiprocessing
+import os
+import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from PIL import Image
 
+from bridges import VisionEncoder
 from bridges.images import open_image
-from recipes.cache import FEATURES_FILE, PICTURES, cache_features, check_cached, mean_patches
+from bridges.preprocess import ExactDecoder
+from recipes.cache import cache_features, check_cached, mean_patches
+from recipes.cache_set import FEATURES_FILE, PARTIAL_FILE, read_description
 from recipes.data import CaptionData
 from recipes.documents import DOCUMENTS, read_document
 from recipes.samples import decode_caption_sample
-from recipes.shard_files import shard_digest
+from recipes.shard_files import ShardError
 from recipes.shard_writer import write_shards
 from recipes.stream import ShardStream
 
@@ -25,6 +32,10 @@ def sample(index: int) -> dict[str, object]:
     png = io.BytesIO()
     Image.new("RGB", (20, 20), (10 * index, 200 - 5 * index, 90)).save(png, "PNG")
     return {"__key__": f"s{index}", "png": png.getvalue(), "txt": f"caption {index}"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def read(shards):
@@ -72,14 +83,59 @@ def test_features_of_another_encoder_are_refused(encoder, tmp_path):
         check_cached(cached, tiny.vision_encoder("siglip"))
 
 
-def test_an_interrupted_cache_is_filled_again(encoder, tmp_path):
-    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
-    cached = cache_features(shards, encoder, tmp_path / "cache")
-    described = cached[0].parent / FEATURES_FILE
-    assert json.loads(described.read_text())["encoder"] == encoder.fingerprint
-    described.unlink()
-    cached[0].write_bytes(b"half a shard")
-    assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 3
+def killed_at(encoder: VisionEncoder, batch: int) -> VisionEncoder:
+    """The encoder, in a process that ends at a batch as by SIGKILL."""
+    mortal, batches = copy.copy(encoder), itertools.count()
+
+    def encode(pixels: torch.Tensor):
+        if next(batches) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return VisionEncoder.encode(encoder, pixels)
+
+    object.__setattr__(mortal, "encode", encode)
+    return mortal
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_cache_goes_on_after_its_last_whole_shard(encoder, tmp_path):
+    shards = write_shards(map(sample, range(9)), tmp_path / "shards", "train", samples_per_shard=3)
+    cache = tmp_path / "cache"
+    # Two batches a shard: it ends in the middle of the second.
+    options = {"cache": cache, "batch_size": 2}
+    child = multiprocessing.get_context("fork").Process(
+        target=cache_features, args=(shards, killed_at(encoder, 3)), kwargs=options
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    assert [path.name for path in folder.glob("*.tar")] == ["train-000000.tar"]
+    assert (folder / PARTIAL_FILE).is_file()
+    with pytest.raises(ValueError, match=r"not complete .*expected features.json"):
+        check_cached(list(folder.glob("*.tar")), encoder)
+    kept = (folder / "train-000000.tar").stat()
+    cached = cache_features(shards, encoder, **options)
+    assert [path.parent for path in cached] == [folder] * 3
+    found = (folder / "train-000000.tar").stat()
+    assert (found.st_ino, found.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    assert contents(folder) == contents(cache_features(shards, encoder, tmp_path / "c")[0].parent)
+    assert not list(folder.glob(".*"))
+    assert len(read(cached)) == 9
+
+
+def test_a_damaged_feature_shard_is_named(encoder, tmp_path):
+    shards = write_shards(map(sample, range(6)), tmp_path / "shards", "train", samples_per_shard=3)
+    first, second = cache_features(shards, encoder, tmp_path / "cache")
+    folder = first.parent
+    whole = contents(folder)
+    (folder / FEATURES_FILE).rename(folder / PARTIAL_FILE)
+    second.write_bytes(second.read_bytes()[:5000])
+    (folder / "shards.json").unlink()
+    with pytest.raises(ShardError, match=r"train-000001.tar.*delete it and start again"):
+        cache_features(shards, encoder, tmp_path / "cache")
+    second.unlink()
+    cache_features(shards, encoder, tmp_path / "cache")
+    assert contents(folder) == whole
 
 
 @pytest.mark.parametrize(
@@ -90,12 +146,20 @@ def test_a_bad_picture_is_named(encoder, tmp_path, caplog, bad):
     shards = write_shards(samples, tmp_path / "shards", "train")
     with pytest.raises(ValueError, match=r"train-000000.tar: sample 'bad'.*"):
         cache_features(shards, encoder, tmp_path / "cache")
-    left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
-    assert left == []
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    assert not list((tmp_path / "cache").rglob(".*"))
     with caplog.at_level(logging.WARNING):
         kept = cache_features(shards, encoder, tmp_path / "cache", on_error="skip")
-    assert [s["key"] for s in read(kept)] == ["00000-s0", "00000-s1"]
+    assert [s["key"] for s in read(kept)] == ["s0", "s1"]
     assert "sample 'bad'" in caplog.text
+    (shard,) = read_description(kept[0].parent / FEATURES_FILE)["shards"]
+    assert (shard["samples"], shard["left_out"]) == (2, ["bad"])
+    with pytest.raises(ValueError, match=r"without 1 bad samples, first .*000000.tar: bad;"):
+        cache_features(shards, encoder, tmp_path / "cache")
+    with pytest.raises(ShardError, match=r"found 1 bad among 3 samples"):
+        cache_features(
+            shards, encoder, tmp_path / "c", on_error="skip", max_bad_fraction=0.3, batch_size=1
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +183,7 @@ def test_what_could_not_be_written_is_left_out(encoder, tmp_path, caplog, bad):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     kept = cache_features(tmp_path, encoder, tmp_path / "cache", on_error="skip")
-    assert [s["key"] for s in read(kept)] == ["00000-first"]
+    assert [s["key"] for s in read(kept)] == ["first"]
     assert f"sample '{name}'" in caplog.text
 
 
@@ -131,14 +195,69 @@ def test_a_cache_is_read_as_what_it_was_made_for(encoder, tmp_path):
         cache_features(cached, encoder, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"features of documents .* those of single pictures"):
         CaptionData(str(cached[0])).connect(encoder, None)  # pyright: ignore[reportArgumentType]
-    # Earlier versions cached single pictures only, and named no form.
-    described = cached[0].parent / FEATURES_FILE
-    content = json.loads(described.read_text())
-    assert content.pop("form") == "documents"
-    described.write_text(json.dumps(content))
-    check_cached(cached, encoder, PICTURES)
-    with pytest.raises(ValueError, match=r"features of single pictures .* those of documents"):
-        check_cached(cached, encoder, DOCUMENTS)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"encoder": "x", "shards": {"train.tar": "y"}}'])
+def test_a_description_of_another_version_is_refused(encoder, tmp_path, content):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache")
+    (cached[0].parent / FEATURES_FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"features.json that this version .*'bridges cache'"):
+        check_cached(cached, encoder)
+
+
+def test_features_that_nothing_describes_are_refused(encoder, tmp_path):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    cached = cache_features(shards, encoder, tmp_path / "cache")
+    check_cached(shards, encoder)
+    copied = tmp_path / "copied" / "train-000000.tar"
+    copied.parent.mkdir()
+    copied.write_bytes(cached[0].read_bytes())
+    with pytest.raises(ValueError, match=r"found npy in .*copied.* no features.json beside it"):
+        check_cached([copied], encoder)
+
+
+def test_features_of_pictures_that_have_changed_since_are_refused(encoder, tmp_path):
+    shards = write_shards(map(sample, range(6)), tmp_path / "shards", "train", samples_per_shard=3)
+    cached = cache_features(shards, encoder, tmp_path / "cache")
+    check_cached(cached, encoder)
+    # As large as before, and the folder's manifest made anew.
+    write_shards(
+        map(sample, (0, 1, 2, 6, 7, 8)),
+        tmp_path / "shards",
+        "train",
+        samples_per_shard=3,
+        overwrite=True,
+    )
+    check_cached(cached[:1], encoder)
+    with pytest.raises(ValueError, match=r"000001.tar with .* sha256 .*000001.tar was made"):
+        check_cached(cached, encoder)
+    shards[1].write_bytes(shards[1].read_bytes()[:-512])
+    with pytest.raises(ValueError, match=r"found .*shards/train-000001.tar with 9,728 bytes"):
+        check_cached(cached, encoder)
+    shards[1].unlink()
+    check_cached(cached, encoder)
+
+
+def test_features_of_other_pixels_are_refused(encoder, tmp_path, monkeypatch):
+    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
+    exact = cache_features(shards, encoder, tmp_path / "cache")
+    monkeypatch.setattr(
+        VisionEncoder,
+        "transform_fingerprint",
+        lambda self, decode="exact": {"exact": "exact-1", "fast": "fast-2"}[decode],
+    )
+    with pytest.raises(ValueError, match=r"pixels made by exact-\w+ in .*; expected exact-1"):
+        check_cached(exact, encoder)
+    monkeypatch.setattr(
+        VisionEncoder, "image_decoder", lambda self, decode: ExactDecoder(self.preprocess)
+    )
+    fast = cache_features(shards, encoder, tmp_path / "cache", decode="fast")
+    assert fast != exact
+    check_cached(fast, encoder)
+    check_cached(fast, encoder, decode="fast")
+    with pytest.raises(ValueError, match=r"made by fast-2 .*expected exact-1: set data.decode to"):
+        check_cached(fast, encoder, decode="exact")
 
 
 def test_keys_may_repeat_from_shard_to_shard(encoder, tmp_path):
@@ -146,14 +265,6 @@ def test_keys_may_repeat_from_shard_to_shard(encoder, tmp_path):
         write_shards([sample(0)], tmp_path / "shards" / name, "train")
     shards = sorted((tmp_path / "shards").rglob("*.tar"))
     assert len(read(cache_features(shards, encoder, tmp_path / "cache"))) == 2
-
-
-def test_caches_of_single_pictures_keep_their_names(encoder, tmp_path):
-    """Renamed, those of earlier versions would all be computed again."""
-    shards = write_shards(map(sample, range(3)), tmp_path / "shards", "train")
-    content = "\n".join([encoder.fingerprint, "raise", *map(shard_digest, shards)])
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    assert cache_features(shards, encoder, tmp_path / "cache")[0].parent.name == name
 
 
 def document(index: int) -> dict[str, object]:
@@ -189,7 +300,7 @@ def test_a_document_of_too_many_pictures_is_not_cached(encoder, tmp_path, monkey
         cache_features(shards, encoder, tmp_path / "cache", form=DOCUMENTS)
     kept = cache_features(shards, encoder, tmp_path / "c", on_error="skip", form=DOCUMENTS)
     stream = ShardStream(kept, read_document, seed=0, shuffle=False)
-    assert [found.key for found in stream] == ["00000-d2"]
+    assert [found.key for found in stream] == ["d2"]
 
 
 def test_a_broken_picture_leaves_its_document_out_of_the_cache(encoder, tmp_path, caplog):
@@ -199,5 +310,5 @@ def test_a_broken_picture_leaves_its_document_out_of_the_cache(encoder, tmp_path
         cache_features(shards, encoder, tmp_path / "cache", form=DOCUMENTS)
     kept = cache_features(shards, encoder, tmp_path / "c", on_error="skip", form=DOCUMENTS)
     stream = ShardStream(kept, read_document, seed=0, shuffle=False)
-    assert [found.key for found in stream] == ["00000-d1", "00000-d2"]
+    assert [found.key for found in stream] == ["d1", "d2"]
     assert "sample 'd3'" in caplog.text

@@ -274,10 +274,10 @@ def test_only_pictures_of_the_window_are_decoded(monkeypatch):
         decoded.append(data)
         return Image.new("RGB", (4, 4))
 
-    monkeypatch.setattr("recipes.documents.open_image", count)
+    monkeypatch.setattr("bridges.preprocess.open_image", count)
     parts = [part for k in range(9) for part in ({"image": k}, f"text {k}")]
     members = {f"_{k}_jpg": bytes([k]) for k in range(9)}
-    decode = DocumentDecoder(tiny.preprocess, encoder(), Window(max_images=2), random_start=True)
+    decode = DocumentDecoder(tiny.DECODER, encoder(), Window(max_images=2), random_start=True)
     sample = decode(raw_of({"parts": parts}, seed="4", **members))
     assert len(sample["images"]) == 2
     assert decoded == [bytes([k]) for k in sample["excerpt"].images]
@@ -287,16 +287,16 @@ def test_only_pictures_of_the_window_are_decoded(monkeypatch):
 def test_a_picture_in_several_places_is_decoded_once(monkeypatch, cached):
     decoded = []
     monkeypatch.setattr(
-        "recipes.documents.open_image",
+        "bridges.preprocess.open_image",
         lambda data: decoded.append(data) or Image.new("RGB", (4, 4)),
     )
     raw = raw_of(
         {"parts": [part for k in range(4) for part in ({"image": 0}, f"{k}")]}, _0_jpg=b"x"
     )
     if cached:
-        assert len(DOCUMENTS.read(raw, tiny.preprocess)[0]) == 1
+        assert len(DOCUMENTS.read(raw, tiny.DECODER)[0]) == 1
     else:
-        decode = DocumentDecoder(tiny.preprocess, encoder(), Window(), random_start=False)
+        decode = DocumentDecoder(tiny.DECODER, encoder(), Window(), random_start=False)
         assert len(decode(raw)["images"]) == 4
     assert decoded == [b"x"]
 
@@ -306,7 +306,7 @@ def test_the_seed_of_the_sample_draws_the_window():
     members = {f"_{k}_jpg": picture(k) for k in range(9)}
 
     def drawn(seed: int, training: bool) -> tuple[int, ...]:
-        decode = DocumentDecoder(tiny.preprocess, encoder(), Window(max_images=2), training)
+        decode = DocumentDecoder(tiny.DECODER, encoder(), Window(max_images=2), training)
         return tuple(decode(raw_of({"parts": parts}, seed=str(seed), **members))["excerpt"].images)
 
     assert {drawn(seed, True) for seed in range(60)} == {(k, k + 1) for k in range(8)}
@@ -316,23 +316,23 @@ def test_the_seed_of_the_sample_draws_the_window():
 
 def test_a_document_without_a_picture_is_a_bad_sample_unless_its_text_is_learned():
     text_only = raw_of({"parts": ["only text"]})
-    decode = DocumentDecoder(tiny.preprocess, encoder(), Window(), random_start=False)
+    decode = DocumentDecoder(tiny.DECODER, encoder(), Window(), random_start=False)
     with pytest.raises(SampleError, match=r"no text after a picture.*loss_before_image") as error:
         decode(text_only)
     assert error.value.kind == "no text after a picture"
     weak = {"parts": [{"image": 0, "similarity": 0.1}, "a"]}
     with pytest.raises(SampleError, match="no text after a picture"):
-        DocumentDecoder(tiny.preprocess, encoder(), Window(min_similarity=0.2), False)(
+        DocumentDecoder(tiny.DECODER, encoder(), Window(min_similarity=0.2), False)(
             raw_of(weak, _0_jpg=picture())
         )
-    lenient = DocumentDecoder(tiny.preprocess, encoder(), Window(loss_before_image=True), False)
+    lenient = DocumentDecoder(tiny.DECODER, encoder(), Window(loss_before_image=True), False)
     assert lenient(text_only)["images"] == []
     with pytest.raises(SampleError, match="no text; expected some"):
         lenient(raw_of({"parts": []}))
 
 
 def test_a_broken_picture_is_named():
-    decode = DocumentDecoder(tiny.preprocess, encoder(), Window(), random_start=False)
+    decode = DocumentDecoder(tiny.DECODER, encoder(), Window(), random_start=False)
     with pytest.raises(SampleError, match=r"sample 'k'.*picture 0: .*begins with b'no") as error:
         decode(raw_of({"parts": [{"image": 4}, "a"]}, _4_jpg=b"no picture"))
     assert error.value.kind == "unreadable image"
@@ -438,7 +438,7 @@ def test_an_epoch_resumes_at_the_same_batch(shards, model):
     data.trainer = Trainer()  # pyright: ignore[reportAttributeAccessIssue]
     whole = [batch.images for batch in data.train_dataloader()]
     loader = data.train_dataloader()
-    loader.load_state_dict({"epoch": 1, "batches": 2})
+    loader.go_to(2)
     for batch, expected in zip(loader, whole[2:], strict=True):
         assert torch.equal(batch.images, expected)
 
@@ -470,7 +470,7 @@ def test_cached_features_are_those_of_the_pictures(shards, model, tmp_path):
 
 def test_text_alone_still_gives_every_parameter_a_gradient(model):
     collate = DocumentCollator.of(model, Window(max_tokens=40, loss_before_image=True))
-    decode = collate.decoder(model.vision.preprocess, training=True)
+    decode = collate.decoder(model.vision.image_decoder(), training=True)
     batch = collate([decode(raw_of({"parts": ["only text"]}, seed=str(s))) for s in range(2)])
     assert batch.images.shape == (2, 1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     assert batch.image_mask is not None
@@ -501,7 +501,7 @@ def test_a_batch_is_pickled_for_spawned_workers(model):
     collate = DocumentCollator.of(model, Window(max_tokens=40))
     again = pickle.loads(pickle.dumps(collate))
     assert again.window == collate.window
-    decode = pickle.loads(pickle.dumps(collate.decoder(tiny.preprocess, training=True)))
+    decode = pickle.loads(pickle.dumps(collate.decoder(tiny.DECODER, training=True)))
     sample = decode(raw_of({"parts": [{"image": 0}, "a"]}, _0_png=picture()))
     assert again([sample]).text.input_ids.shape[0] == 1
     assert isinstance(documents_window.Excerpt([1], [1], []), Excerpt)

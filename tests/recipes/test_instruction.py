@@ -82,7 +82,7 @@ def words(encoder: PromptEncoder, ids: torch.Tensor) -> str:
 
 def test_a_question_is_drawn_by_the_seed_and_the_first_one_validates():
     def drawn(seed: int, training: bool) -> tuple[str, str]:
-        decode = CaptionDecoder(tiny.preprocess, random_caption=training, questions=True)
+        decode = CaptionDecoder(tiny.DECODER, random_caption=training, questions=True)
         sample = decode(raw_of({"qa": QA, "caption": "c"}, str(seed)))
         return sample["question"], sample["answer"]
 
@@ -93,12 +93,12 @@ def test_a_question_is_drawn_by_the_seed_and_the_first_one_validates():
 
 
 def test_a_sample_may_have_only_questions_or_only_captions():
-    decode = CaptionDecoder(tiny.preprocess, random_caption=True, questions=True)
+    decode = CaptionDecoder(tiny.DECODER, random_caption=True, questions=True)
     assert decode(raw_of({"qa": QA}))["question"]
     for meta in ({"caption": "a cat"}, {"caption": "a cat", "qa": []}):
         sample = decode(raw_of(meta))
         assert (sample["question"], sample["answer"]) == (None, "a cat")
-    plain = CaptionDecoder(tiny.preprocess, random_caption=True)(raw_of({"caption": "c", "qa": QA}))
+    plain = CaptionDecoder(tiny.DECODER, random_caption=True)(raw_of({"caption": "c", "qa": QA}))
     assert "question" not in plain
 
 
@@ -118,7 +118,7 @@ def test_questions_in_damaged_json_are_a_bad_sample(meta):
     "qa", [[{"question": "q"}], [{"question": "q", "answer": " "}], ["q"], {"q": "a"}, [None]]
 )
 def test_a_question_without_an_answer_is_refused(qa):
-    decode = CaptionDecoder(tiny.preprocess, random_caption=False, questions=True)
+    decode = CaptionDecoder(tiny.DECODER, random_caption=False, questions=True)
     with pytest.raises(ValueError, match="in qa; expected"):
         decode(raw_of({"qa": qa, "caption": "c"}))
 

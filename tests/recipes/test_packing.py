@@ -310,8 +310,8 @@ def test_the_collator_is_pickled_for_spawned_workers():
     again: PackingCollator = pickle.loads(pickle.dumps(collate))
     found, expected = again(captions()), collate(captions())
     assert torch.equal(found.text.input_ids, expected.text.input_ids)
-    decode = again.decoder(tiny.preprocess, training=True)
-    assert type(decode) is type(collate.collate.decoder(tiny.preprocess, training=True))
+    decode = again.decoder(tiny.DECODER, training=True)
+    assert type(decode) is type(collate.collate.decoder(tiny.DECODER, training=True))
 
 
 def test_an_lm_that_would_mix_samples_is_refused_before_the_first_step():

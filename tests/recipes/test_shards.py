@@ -1,8 +1,10 @@
 """Shards written: every captions format, what is skipped, the same bytes, all or nothing."""
 
+import hashlib
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from rich.console import Console
 
 from recipes.captions_files import read_captions
 from recipes.samples import decode_caption_sample
-from recipes.shard_files import count_samples, shard_digest
+from recipes.shard_files import shard_digest
+from recipes.shard_index import scan_shard
+from recipes.shard_store import load_index
 from recipes.shard_writer import write_shards
 from recipes.shards import build_shards, print_report
 from recipes.stream import ShardStream
@@ -153,6 +157,40 @@ def test_captions_beside_the_pictures(images, tmp_path):
     }
 
 
+def test_questions_beside_the_pictures_are_carried(images, tmp_path):
+    qa = [{"question": "what?", "answer": "a cat"}]
+    (images / "a.txt").write_text("a cat")
+    (images / "a.json").write_text(json.dumps({"qa": qa, "caption": "not this"}))
+    (images / "b.json").write_text(json.dumps({"qa": qa}))
+    (images / "c.txt").write_text("a bird")
+    (images / "c.json").write_text(json.dumps({"qa": [{"question": "why?"}]}))
+    report = build_shards(images, None, tmp_path / "out", val_fraction=0, progress=False)
+    assert report.captions == 1
+    with tarfile.open(report.out / "train-000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert sorted(members) == ["a.jpg", "a.json", "a.txt", "b.json", "b.png"]
+    assert json.loads(members["a.json"])["qa"] == json.loads(members["b.json"])["qa"] == qa
+    assert members["a.txt"] == b"a cat"
+    assert {kind: len(names) for kind, names in report.skipped.items()} == {
+        "unreadable caption": 1,
+        "no caption": 1,
+    }
+
+
+def test_a_manifest_outlives_the_writing_of_another_split(images, tmp_path):
+    out = tmp_path / "out"
+    build_shards(images, write_captions(tmp_path, "csv"), out, val_fraction=0, progress=False)
+    manifest = out / "shards.json"
+    before = json.loads(manifest.read_text())
+    write_shards(samples(3), out, "val", samples_per_shard=2)
+    (out / "val-000001.tar").unlink()
+    write_shards(samples(1), out, "val", overwrite=True)
+    after = json.loads(manifest.read_text())
+    assert after["skipped"] == before["skipped"]
+    assert after["shards"][:-1] == before["shards"]
+    assert [shard["name"] for shard in after["shards"][1:]] == ["val-000000.tar"]
+
+
 def test_skipped_rows_are_counted_by_kind_and_named(images, tmp_path):
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
     (tmp_path / "secret.png").write_bytes((images / "b.png").read_bytes())
@@ -203,13 +241,20 @@ def test_the_manifest_tells_the_truth(images, tmp_path):
         images, captions, out, samples_per_shard=3, val_fraction=0, progress=False
     )
     manifest = json.loads((out / "shards.json").read_text())
-    assert manifest["shards"] == report.shards
-    assert [shard["samples"] for shard in report.shards] == [3, 1]
-    for shard in report.shards:
-        path = out / shard["name"]
-        assert count_samples(path) == shard["samples"]
-        assert path.stat().st_size == shard["bytes"]
-        assert shard_digest(path) == shard["sha256"]
+    assert manifest["format"] == 1
+    assert manifest["shards"] == [asdict(shard) for shard in report.shards]
+    assert [shard.samples for shard in report.shards] == [3, 1]
+    keys = [sample["key"] for sample in read(out)]
+    for shard, expected in zip(report.shards, (keys[:3], keys[3:]), strict=True):
+        path = out / shard.name
+        assert scan_shard(path).keys == tuple(expected)
+        assert path.stat().st_size == shard.bytes
+        assert shard_digest(path) == shard.sha256
+        digest = hashlib.sha256("".join(f"{key}\n" for key in expected).encode())
+        assert shard.keys_sha256 == digest.hexdigest()
+        kept = load_index(path)
+        assert kept is not None
+        assert kept.sha256 == shard.sha256
 
 
 def test_the_hash_split_is_stable_when_pictures_are_added(images, tmp_path):
@@ -265,7 +310,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, images, monkeypatch):
     out = tmp_path / "out"
     build_shards(images, captions, out, progress=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr("recipes.shard_writer.shard_digest", lambda path: 1 / 0)
+    monkeypatch.setattr("recipes.shard_writer.scan_shard", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_shards(images, captions, out, overwrite=True, progress=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -278,7 +323,12 @@ def test_existing_shards_are_replaced_only_on_request(tmp_path):
     with pytest.raises(ValueError, match=r"already holds 3 shards.*overwrite"):
         write_shards(samples(1), out, "train")
     write_shards(samples(1), out, "train", overwrite=True)
-    assert listing(out) == ["train-000000.tar", "val-000000.tar"]
+    shards = ["train-000000.tar", "val-000000.tar"]
+    assert listing(out) == ["shards.json", *sorted([*shards, *(f"{s}.index" for s in shards)])]
+    manifest = json.loads((out / "shards.json").read_text())
+    assert {shard["name"]: shard["samples"] for shard in manifest["shards"]} == {
+        name: 1 for name in shards
+    }
 
 
 @pytest.mark.parametrize(

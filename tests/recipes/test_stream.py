@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bridges.preprocess import ExactDecoder
 from recipes.order import EpochOrder
 from recipes.samples import SampleError, decode_caption_sample
 from recipes.shard_files import ShardError, expand_shards
@@ -280,6 +281,20 @@ def test_long_names_are_read_from_where_their_header_begins(tmp_path):
     assert list(stream(shard, shuffle=False)) == keys
 
 
+def test_a_shard_that_the_manifest_lists_and_is_gone_is_missed(tmp_path):
+    write_numbered(tmp_path, 3)
+    (tmp_path / "train-000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"found no .*train-000001.tar, which the manifest"):
+        stream(str(tmp_path), on_error="skip")
+
+
+def test_what_lies_between_members_is_measured_before_it_is_read(tmp_path):
+    members = {"a.jpg": b"x", "README": bytes(5 << 20), "a.txt": b"x", "b.txt": b"x"}
+    data = stream(write_tar(tmp_path / "x.tar", members), on_error="skip", max_bad_fraction=1)
+    assert list(data) == ["b"]
+    assert data.skipped == {"member too large": 1}
+
+
 def test_a_shard_that_changes_while_in_use_is_no_other_sample(tmp_path):
     shard = write_tar(tmp_path / "x.tar", {f"{n}.txt": b"" for n in range(4)})
     data = stream(shard)
@@ -435,8 +450,8 @@ def test_numbered_pictures_are_written_and_read(tmp_path):
 
 
 def test_a_picture_of_several_is_not_taken_for_a_caption_sample(tmp_path):
-    for members in ({"0.png": picture()}, {"mp4": b"x"}):
-        shard = write_samples(tmp_path / "x.tar", {"txt": b"x", **members})
+    for number, members in enumerate(({"0.png": picture()}, {"mp4": b"x"})):
+        shard = write_samples(tmp_path / f"{number}.tar", {"txt": b"x", **members})
         with pytest.raises(SampleError, match=r"no picture; .*data\.task: video reads mp4"):
             list(stream(shard, decode_caption_sample))
 
@@ -507,7 +522,8 @@ def test_meta_image_and_transform():
     sample = decode(txt=b"x", json=as_json(id=3))
     assert sample["meta"] == {"id": 3}
     assert sample["image"].mode == "RGB"
-    assert decode(txt=b"x", transform=lambda image: image.size)["image"] == (4, 4)
+    size = ExactDecoder(lambda image: torch.tensor(image.size))
+    assert decode(txt=b"x", transform=size)["image"].tolist() == [4, 4]
 
 
 def test_features_take_the_place_of_the_picture():

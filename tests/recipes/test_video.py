@@ -242,7 +242,7 @@ def levels(sample: dict[str, Any]) -> list[int | None]:
 
 
 def frames_of(clips: Clips, raw: dict[str, Any], training: bool = False) -> list[int | None]:
-    return levels(ClipDecoder(tiny.preprocess, clips, training)(raw))
+    return levels(ClipDecoder(tiny.DECODER, clips, training)(raw))
 
 
 def test_frames_of_an_mp4_are_taken_and_padded():
@@ -293,7 +293,7 @@ def test_stored_frames_are_taken_by_their_own_rate():
     ],
 )
 def test_a_damaged_clip_is_named(raw, kind, expected):
-    decode = ClipDecoder(tiny.preprocess, Clips(), training=False)
+    decode = ClipDecoder(tiny.DECODER, Clips(), training=False)
     with pytest.raises(SampleError, match=rf"s.tar: sample 'k' \(members.*{expected}") as error:
         decode(raw)
     assert error.value.kind == kind
