@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs reliability clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,9 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+reliability: $(INSTALLED)
+	$(BIN)/bridges reliability --out runs/reliability --docs docs/reliability.md
 
 clean:
 	rm -rf $(VENV) build dist site runs

@@ -117,7 +117,8 @@ class FastPreprocess:
         """uint8 (..., 3, h, w) -> fp32 (..., 3, h, w) as the encoder reads it, on their device."""
         to = {"dtype": torch.float32, "device": pixels.device}
         mean, std = (torch.tensor(values, **to)[:, None, None] for values in (self.mean, self.std))
-        return (pixels.float() * self.rescale).sub_(mean).div_(std)
+        # (x · rescale - mean) / std, in as few passes over the pixels as there can be.
+        return pixels.float().sub_(mean / self.rescale).mul_(self.rescale / std)
 
     def resized(self, height: float, width: float) -> tuple[int, int]:
         """Height and width of a picture after the resize, before the crop."""

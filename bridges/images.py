@@ -36,19 +36,27 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """A picture that cannot, or should not, be decoded."""
+    """A picture that cannot, or should not, be decoded. ``kind`` is what such are counted by."""
+
+    kind = "unreadable image"
 
 
 class TooManyPixelsError(ImageError):
     """A picture whose header states more pixels than are decoded."""
 
+    kind = "too many pixels"
+
 
 class TooNarrowError(ImageError):
     """A picture whose header states that one side is a great many times the other."""
 
+    kind = "too narrow"
+
 
 class UnsupportedModeError(ImageError):
     """A picture of samples whose white is not known."""
+
+    kind = "unsupported mode"
 
 
 def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bridges.build import bridge_factory
-from bridges.files import staged, write_json
+from bridges.files import write_json, write_tensors
 from bridges.language import IMAGE_TOKEN, LanguageModel, LoRA
 from bridges.model import VisionLanguageModel
 from bridges.precision import Precision
@@ -89,8 +89,7 @@ class RunSpec:
 def save_run(folder: Path, model: VisionLanguageModel, spec: RunSpec) -> None:
     """Writes the trained weights and `run.json`; the frozen ends are named, not stored."""
     state = {n: t.detach().cpu().contiguous() for n, t in model.trainable_state().items()}
-    with staged(folder / WEIGHTS_FILE) as path:
-        save_file(state, path)
+    write_tensors(folder / WEIGHTS_FILE, state)
     fingerprints = {"vision": model.vision.fingerprint, "lm": model.lm.fingerprint}
     write_json(folder / RUN_FILE, asdict(spec) | {"fingerprints": fingerprints})
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bridges.files import staged, write_json
+from bridges.files import write_json, write_tensors
 from bridges.run import RUN_FILE, VisionSource, check_fingerprints, read_run, read_weights
 from bridges.run import WEIGHTS_FILE as BRIDGE_FILE
 from bridges.vision import VisionEncoder
@@ -61,8 +60,7 @@ class Stage1Spec:
 def save_stage1(folder: Path, stage1: Stage1, spec: Stage1Spec, vision: VisionEncoder) -> None:
     """Writes the weights and `run.json`; the encoder is named, not stored."""
     state = {n: t.detach().cpu().contiguous() for n, t in stage1.state_dict().items()}
-    with staged(folder / WEIGHTS_FILE) as path:
-        save_file(state, path)
+    write_tensors(folder / WEIGHTS_FILE, state)
     described = asdict(spec) | {"fingerprints": {"vision": vision.fingerprint}}
     write_json(folder / RUN_FILE, {"format": FORMAT, "kind": KIND} | described)
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bridges.files import write_json
+from recipes.bench_data import data_workloads
 from recipes.bench_decode import decode_workloads
 from recipes.bench_flamingo import flamingo_step_workloads
 from recipes.bench_gated import gated_workloads
@@ -34,6 +35,7 @@ BENCHES: dict[str, Callable[[torch.device], Builders]] = {
     "perceiver": perceiver_workloads,
     "flamingo_step": flamingo_step_workloads,
     "packing": packing_workloads,
+    "data": data_workloads,
 }
 
 

@@ -4,7 +4,6 @@ All on one core. The shards are made, and read from the system's file cache on b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import islice
@@ -28,11 +27,9 @@ from recipes.bench_data_reference import (
 )
 from recipes.bench_data_shards import MadeShards, bytes_per_sample
 from recipes.loader import SizedLoader
-from recipes.samples import read_features
+from recipes.samples import CaptionDecoder, read_features
 from recipes.stream import ShardStream
 from recipes.workload import Side, Workload
-
-SMALL, LARGE = (480, 640), (1200, 1600)
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Sizes:
     """Of the samples, and of the model that is trained on some.
 
     Attributes:
+        photos: heights and widths.
         batch: samples of a step that reads.
         samples: in each set of shards.
         distinct: photos that differ.
@@ -52,6 +50,7 @@ class Sizes:
         layers: of the ViT; the LM has 2.
     """
 
+    photos: tuple[tuple[int, int], ...] = ((480, 640), (1200, 1600))
     batch: int = 32
     samples: int = 256
     distinct: int = 16
@@ -69,16 +68,18 @@ def data_workloads(
 ) -> dict[str, Callable[[], Workload]]:
     """All workloads by name; pixels are normalised, and the model trained, on the device."""
     bench = _Bench(sizes, device)
-    return {
-        "photos-640x480-fast": partial(bench.photos, SMALL, "fast"),
-        "photos-640x480-exact": partial(bench.photos, SMALL, "exact"),
-        "photos-1600x1200-fast": partial(bench.photos, LARGE, "fast"),
-        "photos-1600x1200-exact": partial(bench.photos, LARGE, "exact"),
-        "photos-640x480-raw-tar": bench.raw_tar,
+    modes: tuple[DecodeMode, ...] = ("fast", "exact")
+    photos = {
+        f"photos-{width}x{height}-{decode}": partial(bench.photos, (height, width), decode)
+        for height, width in sizes.photos
+        for decode in modes
+    }
+    return photos | {
+        "photos-raw-tar": bench.raw_tar,
         "features-webdataset": partial(bench.features, "webdataset"),
         "features-mapped": partial(bench.features, "mapped"),
         "train-features-online": bench.training,
-        "resume-100k": bench.resuming,
+        "resume": bench.resuming,
     }
 
 
@@ -108,7 +109,7 @@ class _Bench:
 
         def checks(_: Mapping[str, int]) -> dict[str, float | None]:
             batch = next(ours(shuffle=False))
-            theirs, _, keys = next(plain(fast.mean, fast.std))
+            theirs, _ids, keys = next(plain(fast.mean, fast.std))
             assert [sample["key"] for sample in batch.samples] == keys
             scale = torch.tensor(fast.std)[:, None, None] / fast.rescale
             levels = (normalised(batch)[:, 0].cpu() - theirs).mul(scale).abs()
@@ -129,12 +130,12 @@ class _Bench:
         )
 
     def raw_tar(self) -> Workload:
-        """The same, fast, beside webdataset's reader alone, which decodes nothing."""
-        fast = self.photos(SMALL, "fast")
-        made = self._photos(SMALL)
-        theirs = raw_batches(made, self.sizes.batch)
+        """The first of them, fast, beside webdataset's reader alone, which decodes nothing."""
+        size = self.sizes.photos[0]
+        theirs = raw_batches(self._photos(size), self.sizes.batch)
+        fast = self.photos(size, "fast")
         return self._workload(
-            "photos-640x480-raw-tar", fast.shapes, fast.ours.step, lambda: next(theirs), _nothing
+            "photos-raw-tar", fast.shapes, fast.ours.step, lambda: next(theirs), _nothing
         )
 
     def features(self, beside: str) -> Workload:
@@ -159,7 +160,7 @@ class _Bench:
 
     def training(self) -> Workload:
         """Forward and backward of a bridge, from stored features and from photos."""
-        made, size = self._photos(SMALL), self.sizes.train_batch
+        made, size = self._photos(self.sizes.photos[0]), self.sizes.train_batch
         stored = self.shards.features("encoded", self._encoded(made))
 
         def step(batches: Iterator[CaptionBatch]) -> Tensor:
@@ -185,7 +186,12 @@ class _Bench:
         mine, theirs = (self._batches(shards, "fast", size) for shards in (stored, made))
         shapes = self._shapes(made, samples=size, width=self.sizes.width, layers=self.sizes.layers)
         return self._workload(
-            "train-features-online", shapes, lambda: step(mine), lambda: step(theirs), checks
+            "train-features-online",
+            shapes,
+            lambda: step(mine),
+            lambda: step(theirs),
+            checks,
+            before=self.model.zero_grad,
         )
 
     def resuming(self) -> Workload:
@@ -213,7 +219,7 @@ class _Bench:
 
         shapes = self._shapes(made, count=total, samples=total)
         reread = partial(reread_from, made, before, size)
-        return self._workload("resume-100k", shapes, resumed, reread, checks)
+        return self._workload("resume", shapes, resumed, reread, checks)
 
     def _photos(self, size: tuple[int, int]) -> list[Path]:
         return self.shards.photos(*size, self.sizes.samples, self.sizes.distinct)
@@ -225,12 +231,9 @@ class _Bench:
 
     @torch.no_grad()
     def _encoded(self, made: Sequence[Path]) -> Iterator[Tensor]:
-        decode = CaptionCollator.of(self.model).decoder(self._decoder("fast"), training=False)
+        decode = CaptionDecoder(self.model.vision.image_decoder("fast"), random_caption=False)
         for sample in ShardStream(made, decode, seed=0, shuffle=False).iterate():
             yield self.model.vision.encode(sample["image"][None, None]).patches[0, 0].cpu()
-
-    def _decoder(self, decode: DecodeMode) -> Any:
-        return self.model.vision.image_decoder(decode)
 
     def _batches(
         self,
@@ -241,7 +244,7 @@ class _Bench:
         shuffle: bool = True,
     ) -> Iterator[Any]:
         collate = CaptionCollator.of(self.model)
-        decoder = collate.decoder(self._decoder(decode), training=shuffle)
+        decoder = collate.decoder(self.model.vision.image_decoder(decode), training=shuffle)
         stream = ShardStream(made, decoder, seed=0, shuffle=shuffle)
         return endless(partial(_epoch, stream, size or self.sizes.batch, collate))
 
@@ -262,12 +265,10 @@ class _Bench:
         ours: Callable[[], object],
         reference: Callable[[], object],
         checks: Callable[[Mapping[str, int]], Mapping[str, float | None]],
+        before: Callable[[], object] = lambda: None,
     ) -> Workload:
-        mine, theirs = (Side(partial(_alone, s), self._forget) for s in (ours, reference))
+        mine, theirs = (Side(partial(_on_one_core, side), before) for side in (ours, reference))
         return Workload(name, shapes, "fp32", mine, theirs, checks)
-
-    def _forget(self) -> None:
-        self.model.zero_grad()
 
 
 def _epoch(stream: ShardStream[Any], size: int, collate: Any, number: int) -> Any:
@@ -275,17 +276,11 @@ def _epoch(stream: ShardStream[Any], size: int, collate: Any, number: int) -> An
     return SizedLoader(stream, size, collate)
 
 
-def _alone(step: Callable[[], object]) -> object:
-    with _one_thread():
-        return step()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
+def _on_one_core(step: Callable[[], object]) -> object:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        return step()
     finally:
         torch.set_num_threads(threads)
 

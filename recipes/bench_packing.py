@@ -97,7 +97,7 @@ def _workload(
 ) -> Workload:
     model = models(replace(sizes, median=0.0, spread=0.0))  # one for all lengths of text
     padded = _batch(model, sizes)
-    packed = pack(padded, model.prompt_encoder(), model.lm.max_length)
+    packed = pack(padded, model.prompt_encoder(), model.lm.shape.dim, model.lm.max_length)
     sides = {"packed": packed.to(device), "padded": padded.to(device)}
 
     def step(batch: CaptionBatch) -> Tensor:

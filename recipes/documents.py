@@ -159,7 +159,8 @@ def all_pictures(
         similarity = document.similarities[part]
         known = {} if similarity is None else {"similarity": similarity}
         parts.append({"image": part, **known})
-    pixels = [decode_picture(raw, document, k, preprocess.pixels) for k in range(len(document.images))]
+    into, images = preprocess.pixels, range(len(document.images))
+    pixels = [decode_picture(raw, document, k, into) for k in images]
     return pixels, {"json": {**document.meta, "parts": parts}}
 
 

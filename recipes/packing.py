@@ -17,12 +17,6 @@ from bridges.decode import ImageDecoder
 from recipes.batch import CaptionBatch, CaptionCollator, Decode
 from recipes.documents_window import DocumentCollator
 
-FULL = 0.95
-"""Share of real positions from which rows are not made longer to get fuller.
-
-Every position is scored against its whole row, so that longer rows cost more each.
-"""
-
 
 @dataclass(frozen=True)
 class PackingCollator:
@@ -30,10 +24,12 @@ class PackingCollator:
 
     Attributes:
         collate: makes a padded batch.
+        dim: width of the LM.
         limit: longest row; None for no limit.
     """
 
     collate: CaptionCollator | DocumentCollator
+    dim: int
     limit: int | None = None
 
     @classmethod
@@ -46,26 +42,29 @@ class PackingCollator:
             ValueError: the LM cannot keep the samples of a row apart.
         """
         model.lm.check_packable()
-        return cls(collate, model.lm.max_length)
+        return cls(collate, model.lm.shape.dim, model.lm.max_length)
 
     def decoder(self, preprocess: ImageDecoder, *, training: bool) -> Decode:
         return self.collate.decoder(preprocess, training=training)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> CaptionBatch:
-        return pack(self.collate(samples), self.collate.encode, self.limit)
+        return pack(self.collate(samples), self.collate.encode, self.dim, self.limit)
 
 
-def pack(batch: CaptionBatch, encode: PromptEncoder, limit: int | None = None) -> CaptionBatch:
+def pack(
+    batch: CaptionBatch, encode: PromptEncoder, dim: int, limit: int | None = None
+) -> CaptionBatch:
     """A batch with its texts in packed rows, and its samples in the order of the rows.
 
     Args:
         batch: of padded texts.
         encode: pads the rows.
+        dim: width of the LM.
         limit: longest row, where no text is longer.
     """
     text, real = batch.text, batch.text.attention_mask
     lengths = real.sum(dim=1)
-    rows = full_rows(lengths.tolist(), limit)
+    rows = full_rows(lengths.tolist(), dim, limit)
 
     def joined(x: Tensor, row: Sequence[int]) -> list[int]:
         return torch.cat([x[sample][real[sample]] for sample in row]).tolist()
@@ -94,11 +93,16 @@ def pack(batch: CaptionBatch, encode: PromptEncoder, limit: int | None = None) -
     )
 
 
-def full_rows(lengths: Sequence[int], limit: int | None = None) -> list[list[int]]:
-    """Which samples share a row: rows as long as the longest sample, longer while not `FULL`.
+def full_rows(lengths: Sequence[int], dim: int, limit: int | None = None) -> list[list[int]]:
+    """Which samples share a row: as long as the longest sample, or longer where that costs less.
+
+    Longer rows waste fewer positions, but each position is scored against its whole row: a
+    position costs a block of the LM 24 · dim² FLOPs in its matrices, and 4 · dim · width in its
+    attention.
 
     Args:
         lengths: of the samples, at least one, each at least 1.
+        dim: width of the LM.
         limit: longest row, where no sample is longer.
 
     Returns:
@@ -106,20 +110,18 @@ def full_rows(lengths: Sequence[int], limit: int | None = None) -> list[list[int
     """
     total, room = sum(lengths), max(lengths)
     most = max(room, total if limit is None else limit)
-    best, fewest = _first_fit(lengths, room)
-    while total < FULL * fewest and room < most:
-        room = min(most, room + 1 + room // 50)
-        rows, positions = _first_fit(lengths, room)
-        if positions < fewest:
-            best, fewest = rows, positions
+    best, least = _first_fit(lengths, dim, room)
+    # Beyond, rows without any padding would cost more.
+    while room < most and total * (6 * dim + room) < least:
+        room = min(most, room + 1 + room // 32)
+        rows, cost = _first_fit(lengths, dim, room)
+        if cost < least:
+            best, least = rows, cost
     return sorted(sorted(row) for row in best)
 
 
-def _first_fit(lengths: Sequence[int], room: int) -> tuple[list[list[int]], int]:
-    """Each sample, the longest first, in the first row with room for it; and all positions.
-
-    The positions are those of rows as long as the fullest one.
-    """
+def _first_fit(lengths: Sequence[int], dim: int, room: int) -> tuple[list[list[int]], int]:
+    """Each sample, the longest first, in the first row with room for it; and what that costs."""
     rows: list[list[int]] = []
     used: list[int] = []
     for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
@@ -130,4 +132,4 @@ def _first_fit(lengths: Sequence[int], room: int) -> tuple[list[list[int]], int]
             used.append(0)
         rows[row].append(sample)
         used[row] += length
-    return rows, len(rows) * max(used)
+    return rows, len(rows) * max(used) * (6 * dim + max(used))

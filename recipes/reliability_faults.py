@@ -114,7 +114,8 @@ def read(shards: Sequence[Path], workers: int, log: Path) -> Reading:
     """Every sample of some shards through a loader, and the records of those passed over."""
     stream = _stream(shards, "skip")
     stream.bad.keep(log, {str(shard) for shard in shards})
-    loader = SizedLoader(stream, 8, list, num_workers=workers, drop_last=False)
+    together: Any = list  # each sample is looked at by itself
+    loader: Any = SizedLoader(stream, 8, together, num_workers=workers, drop_last=False)
     samples = {item["place"]: item["content"] for batch in loader for item in batch}
     records: dict[str, list[BadSample]] = {}
     for bad in read_bad_samples(log):

@@ -38,7 +38,9 @@ def by_workers(method: str) -> Door:
         before = multiprocessing.get_start_method(allow_none=True)
         multiprocessing.set_start_method(method, force=True)
         try:
-            loader = SizedLoader(stream_of([shard]), 4, list, num_workers=2, drop_last=False)
+            together: Any = list
+            stream = stream_of([shard])
+            loader: Any = SizedLoader(stream, 4, together, num_workers=2, drop_last=False)
             return sum(len(batch) for batch in loader)
         finally:
             multiprocessing.set_start_method(before, force=True)

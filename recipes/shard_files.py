@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -76,12 +75,3 @@ def _expand_name(name: str) -> list[Path]:
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         return [match for match in found if match.is_file()]
     return []
-
-
-def shard_digest(shard: Path) -> str:
-    """The SHA-256 of a shard's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with shard.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from bridges.embedded import cache_dir
-from bridges.files import staged
+from bridges.files import write_bytes
 from recipes.shard_scan import Fault, ShardIndex
 
 _FORMAT = 1
@@ -43,8 +43,7 @@ def save_index(index: ShardIndex, shard: Path) -> None:
     arrays["text"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
     for path in (index_path(shard), _cached_path(shard)):
         try:
-            with staged(path) as temporary:
-                save_file(arrays, temporary, {"digest": _digest(arrays)})
+            write_bytes(path, save(arrays, {"digest": _digest(arrays)}))
             return
         except (OSError, SafetensorError):
             continue

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from webdataset.writer import TarWriter
 
+from bridges.files import sync_folder
 from recipes.samples import MEMBERS, is_member
 from recipes.shard_files import ShardError
 from recipes.shard_manifest import MANIFEST, Entry, manifest_extra, read_manifest, write_manifest
@@ -153,7 +154,7 @@ class ShardSet:
         for path, index in indexes.items():
             save_index(index, path)
         write_manifest(self.out, [*kept, *written.values()], extra)
-        _sync_folder(self.out)
+        sync_folder(self.out)
         return list(written.values())
 
     def _replaces(self, name: str) -> bool:
@@ -238,13 +239,3 @@ def _encode(key: str, sample: Mapping[str, str | bytes | dict[str, Any]]) -> dic
     if not encoded:
         raise ValueError(f"sample {key!r} has no members; expected a picture and a caption")
     return encoded
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames themselves last through a power cut, where the system offers it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -19,13 +19,15 @@ from bridges import VisionEncoder
 from bridges.images import open_image
 from bridges.preprocess import ExactDecoder
 from recipes.cache import cache_features, check_cached, mean_patches
-from recipes.cache_set import FEATURES_FILE, PARTIAL_FILE, read_description
+from recipes.cache_set import FEATURES_FILE, PARTIAL_FILE, FeatureSet, read_description
+from recipes.cache_writer import Encoding, write_features
 from recipes.data import CaptionData
 from recipes.documents import DOCUMENTS, read_document
 from recipes.samples import decode_caption_sample
 from recipes.shard_files import ShardError
 from recipes.shard_writer import write_shards
 from recipes.stream import ShardStream
+from recipes.video import ClipDecoder, Clips, clip_form
 
 
 def sample(index: int) -> dict[str, object]:
@@ -312,3 +314,24 @@ def test_a_broken_picture_leaves_its_document_out_of_the_cache(encoder, tmp_path
     stream = ShardStream(kept, read_document, seed=0, shuffle=False)
     assert [found.key for found in stream] == ["d1", "d2"]
     assert "sample 'd3'" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_documents_and_clips_are_read_in_every_dtype(encoder, tmp_path, dtype):
+    pictures = {f"{k}.png": sample(k)["png"] for k in range(3)}
+    clip = {"__key__": "clip", "txt": "a clip", **pictures}
+    clips = Clips(num_frames=2)
+    for form, written in ((DOCUMENTS, document(3)), (clip_form(clips), clip)):
+        name = str(written["__key__"])
+        shards = write_shards([written], tmp_path / name, "train")
+        features = FeatureSet.of(shards, tmp_path / f"{name}-{dtype}", encoder, form, dtype)
+        features.begin()
+        write_features(features, Encoding(encoder, form, dtype))
+        assert features.finish()
+        check_cached(features.paths, encoder, form)
+        (raw,) = ShardStream(features.paths, dict, seed=0, shuffle=False)
+        if form is DOCUMENTS:
+            assert [image.shape for image in read_document(raw).images] == [(9, 16)] * 3
+        else:
+            decode = ClipDecoder(encoder.image_decoder(), clips, training=False)
+            assert decode(raw)["features"].shape == (2, 9, 16)

@@ -1,9 +1,6 @@
 """Features as bytes: what storing them loses, and what a hostile member costs."""
 
 import io
-import json
-import struct
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor
 
 from bridges import VisionFeatures, VisionLanguageModel

@@ -19,7 +19,7 @@ from bridges.loss import IGNORE
 from gated_xattn import reading
 from recipes.batch import CaptionBatch, CaptionCollator
 from recipes.documents_window import DocumentCollator, Excerpt, Window
-from recipes.packing import FULL, PackingCollator, full_rows, pack
+from recipes.packing import PackingCollator, full_rows, pack
 from recipes.train import train
 from recipes.video import Clips
 
@@ -32,30 +32,36 @@ def width(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
     return max(sum(lengths[sample] for sample in row) for row in rows)
 
 
-def test_every_sample_has_a_place_and_rows_get_full():
+def cost(rows: Sequence[Sequence[int]], lengths: Sequence[int], dim: int) -> int:
+    """FLOPs of an LM's block but for a factor."""
+    return len(rows) * width(rows, lengths) * (6 * dim + width(rows, lengths))
+
+
+def test_every_sample_has_a_place_and_rows_cost_least():
     draw = random.Random(0)
     for _ in range(300):
         lengths = [1 + int(draw.expovariate(0.02)) for _ in range(draw.randint(1, 40))]
         limit = draw.choice([None, max(lengths), 2 * max(lengths), max(lengths) // 2 + 1])
-        rows = full_rows(lengths, limit)
+        dim = draw.choice([32, 576, 4096])
+        rows = full_rows(lengths, dim, limit)
         assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
         assert width(rows, lengths) <= max(limit or sum(lengths), max(lengths))
-        positions = len(rows) * width(rows, lengths)
-        assert positions <= len(lengths) * max(lengths)
+        alone, together = [[k] for k in range(len(lengths))], [list(range(len(lengths)))]
+        assert cost(rows, lengths, dim) <= cost(alone, lengths, dim)
         if limit is None:
-            assert sum(lengths) >= FULL * positions
-        assert full_rows(lengths, limit) == rows
+            assert cost(rows, lengths, dim) <= cost(together, lengths, dim)
+        assert full_rows(lengths, dim, limit) == rows
 
 
-def test_rows_are_no_longer_than_fullness_asks_for():
-    assert full_rows([9, 9, 9]) == [[0], [1], [2]]
-    assert full_rows([10, 5, 5, 10, 4, 3, 3]) == [[0], [1, 2], [3], [4, 5, 6]]
-    assert full_rows([6, 6, 6, 6, 10]) == [[0, 1, 2, 3, 4]]
-    middling = [*[60] * 10, *[70] * 10, 100]
-    assert width(full_rows(middling), middling) < 400
+def test_rows_are_longer_where_that_saves_enough():
+    assert full_rows([9, 9, 9], 576) == [[0], [1], [2]]
+    assert full_rows([10, 5, 5, 10, 4, 3, 3], 576) == [[0], [1, 2], [3], [4, 5, 6]]
+    # Three rows of 12 are 94 % full; one of 34 is longer, which a wide LM hardly sees.
+    assert full_rows([6, 6, 6, 6, 10], 32) == [[0, 1], [2, 3], [4]]
+    assert full_rows([6, 6, 6, 6, 10], 4096) == [[0, 1, 2, 3, 4]]
     # Where the limit leaves no other way, each has a row.
-    assert full_rows([6, 6, 6, 6, 10], limit=11) == [[0], [1], [2], [3], [4]]
-    assert full_rows([6, 30, 6], limit=11) == [[0, 2], [1]]
+    assert full_rows([6, 6, 6, 6, 10], 576, limit=11) == [[0], [1], [2], [3], [4]]
+    assert full_rows([6, 30, 6], 576, limit=11) == [[0, 2], [1]]
 
 
 # --- what is computed
@@ -299,8 +305,8 @@ def test_rows_stay_within_the_context():
     encode = model.prompt_encoder()
     batch = CaptionCollator.of(model)(captions())
     longest = int(batch.text.attention_mask.sum(dim=1).max())
-    assert pack(batch, encode, longest).text.input_ids.shape[1] <= longest
-    assert pack(batch, encode).text.input_ids.shape[1] > longest
+    assert pack(batch, encode, 32, longest).text.input_ids.shape[1] <= longest
+    assert pack(batch, encode, 4096).text.input_ids.shape[1] > longest
     assert PackingCollator.of(model, CaptionCollator.of(model)).limit == 128
 
 

@@ -663,3 +663,9 @@ def test_no_connection_stays_open(server: Server, tmp_path: Path, monkeypatch: p
     read(path)
     assert len(sessions) == 3
     assert all(session.closed for session in sessions)
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@host/a.tar", "s3://key:secret@bucket/a.tar"])
+def test_credentials_are_said_to_belong_elsewhere(url: str):
+    with pytest.raises(ShardError, match=r"//…@.*holds credentials.*\.netrc"):
+        check_url(url)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from bridges.files import file_digest
 from recipes.captions_files import read_captions
 from recipes.samples import decode_caption_sample
-from recipes.shard_files import shard_digest
 from recipes.shard_index import scan_shard
 from recipes.shard_store import load_index
 from recipes.shard_writer import write_shards
@@ -249,7 +249,7 @@ def test_the_manifest_tells_the_truth(images, tmp_path):
         path = out / shard.name
         assert scan_shard(path).keys == tuple(expected)
         assert path.stat().st_size == shard.bytes
-        assert shard_digest(path) == shard.sha256
+        assert file_digest(path) == shard.sha256
         digest = hashlib.sha256("".join(f"{key}\n" for key in expected).encode())
         assert shard.keys_sha256 == digest.hexdigest()
         kept = load_index(path)
@@ -292,7 +292,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path, monkeypatch):
     reordered = ({**sample, "json": {"a": "é", "z": n}} for n, sample in enumerate(samples(5)))
     second = write_shards(reordered, tmp_path / "2", "train", samples_per_shard=2)
     assert [path.name for path in first] == [f"train-00000{index}.tar" for index in range(3)]
-    assert [shard_digest(path) for path in first] == [shard_digest(path) for path in second]
+    assert [file_digest(path) for path in first] == [file_digest(path) for path in second]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
