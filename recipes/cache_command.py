@@ -68,8 +68,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", type=str | None, help="a recipe: its model.vision and data")
     parser.add_argument("--source", type=str | None, help="of a recipe with several, one of them")
     parser.add_class_arguments(VisionSource, "model.vision")
-    known = set(CaptionData.__init__.__annotations__) - {"return"}
-    parser.add_class_arguments(CaptionData, "data", skip=known - set(_DATA))
+    known = CaptionData.__init__.__annotations__.keys() - {"return"}
+    skip: set[str | int] = {*known.difference(_DATA)}
+    parser.add_class_arguments(CaptionData, "data", skip=skip)
     parser.add_argument("--out", type=Path, required=True, help="folder of the feature shards")
     parser.add_argument(
         "--dtype", type=Storage, default="fp16", help=f"of the features: {get_args(Storage)}"

@@ -1,6 +1,5 @@
 """Shards as Lightning data: what is read of them, and what is held out."""
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from recipes.documents import DOCUMENTS
 from recipes.documents_window import DocumentCollator, Window
 from recipes.loader import SizedLoader
 from recipes.packing import PackingCollator
+from recipes.remote import is_remote_folder
 from recipes.shard_files import ShardError, expand_shards
 from recipes.stream import ShardStream
 from recipes.video import Clips, clip_form
@@ -234,15 +234,21 @@ def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[
     folder = Path(shards)
     train = expand_shards(shards)
     held_out = expand_shards(val_shards) if val_shards else []
-    if folder.is_dir():
-        train = sorted(folder.glob("train-*.tar")) or train
+    whole = folder.is_dir() or is_remote_folder(shards)
+    if whole:
+        named = train
+        train = [path for path in named if path.name.startswith("train-")] or named
         if not val_shards:
-            splits = [sorted(folder.glob(f"{split}-*.tar")) for split in HELD_OUT_SPLITS]
-            held_out = list(itertools.chain.from_iterable(splits))
+            held_out = [
+                path
+                for split in HELD_OUT_SPLITS
+                for path in named
+                if path.name.startswith(f"{split}-")
+            ]
     places = {path.resolve() for path in held_out}
     both = [path for path in train if path.resolve() in places]
     left = [path for path in train if path not in both]
-    if both and ((val_shards and not left) or not folder.is_dir()):
+    if both and ((val_shards and not left) or not whole):
         named = ", ".join(map(str, both[:10]))
         raise ShardError(
             f"found {len(both)} of {len(train)} shards to train on held out, too: {named}; "

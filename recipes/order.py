@@ -56,6 +56,11 @@ class EpochOrder:
         slot = bisect_right(self._ends, position)
         return self._shards[slot], position - (self._ends[slot - 1] if slot else 0)
 
+    def following(self, shard: int, count: int) -> list[int]:
+        """The shards that come after one in the line, which is a ring; at most so many."""
+        slot = self._shards.index(shard) + 1
+        return (self._shards[slot:] + self._shards[: slot - 1])[:count]
+
     def _permuted(self, number: int) -> list[int]:
         places = list(range(min(self.block, self.total - number * self.block)))
         random.Random(f"{self._name}/{number}").shuffle(places)

@@ -37,7 +37,7 @@ from recipes.stream import ShardStream
 
 SEED = 5
 EACH = 8
-"""Shards with each fault: 32 × 8 = 256."""
+"""Shards with each fault: 33 × 8 = 264."""
 
 WORKERS = (0, 2)
 

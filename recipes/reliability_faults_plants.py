@@ -8,6 +8,7 @@ import random
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -66,12 +67,13 @@ def plants() -> dict[str, Plant]:
     long = json.dumps({"caption": "x" * (MAX_CHARACTERS + 1)}).encode()
     indexed, listed = ("index", "manifest"), ("manifest",)
     return {
-        "cut at a random byte": _truncated(at_border=False),
-        "cut at a member's border": _truncated(at_border=True),
-        "cut at a random byte, after indexing": _truncated(at_border=False, known=indexed),
-        "cut at a member's border, after indexing": _truncated(at_border=True, known=indexed),
-        "cut at a random byte, listed in a manifest": _truncated(at_border=False, known=listed),
-        "cut at a member's border, listed in a manifest": _truncated(at_border=True, known=listed),
+        "cut at a random byte": _truncated("anywhere"),
+        "cut at a member's border": _truncated("border"),
+        "cut within the name of a member": _truncated("name"),
+        "cut at a random byte, after indexing": _truncated("anywhere", known=indexed),
+        "cut at a member's border, after indexing": _truncated("border", known=indexed),
+        "cut at a random byte, listed in a manifest": _truncated("anywhere", known=listed),
+        "cut at a member's border, listed in a manifest": _truncated("border", known=listed),
         "byte flipped in a header": _flipped_header,
         "byte flipped in a header, after indexing": _flipped_later(0),
         "byte flipped in a payload, after indexing": _flipped_later(1),
@@ -213,7 +215,8 @@ def _unsafe_name(samples: Samples, key: str, rng: random.Random, whole: bytes) -
 
 def _flipped_header(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
     """Found by the header's own checksum, when the shard is indexed."""
-    at = rng.choice(_places(whole, key))[0] + rng.randrange(512)
+    # All but the blank after the checksum, which no tar reader looks at, and which means nothing.
+    at = rng.choice(_places(whole, key))[0] + rng.choice([*range(155), *range(156, 512)])
     return replace(_one(_flip(whole, at, rng), "damaged header", key), keys=(key, None))
 
 
@@ -234,16 +237,21 @@ def _flip(data: bytes, at: int, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _truncated(at_border: bool, known: tuple[str, ...] = ()) -> Plant:
-    """Cut within the sample, or before one of its members; it and all after it are gone."""
+def _truncated(where: Literal["anywhere", "border", "name"], known: tuple[str, ...] = ()) -> Plant:
+    """Cut in the sample, before one of its members, or in its name; it and all after are gone."""
 
     def plant(samples: Samples, key: str, rng: random.Random, whole: bytes) -> Damaged:
         keys = list(samples)
-        if at_border and "index" not in known:
+        if where != "anywhere" and "index" not in known:
             # That a sample lacks members shows by comparison with one that stands before it.
             key = keys[max(1, keys.index(key))]
         own = _places(whole, key)
-        cut = rng.choice(own)[0] if at_border else rng.randrange(own[0][0] + 1, own[-1][2])
+        cut = {
+            "anywhere": rng.randrange(own[0][0] + 1, own[-1][2]),
+            "border": rng.choice(own)[0],
+            # So little of it that it could be the name of the sample before.
+            "name": own[0][0] + rng.randrange(1, len(key)),
+        }[where]
         lost = keys[keys.index(key) :]
         # What stood after the cut is known to nobody, where nothing was written down before.
         kinds = ("truncated shard",) * (len(lost) if known else 1)

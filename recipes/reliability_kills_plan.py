@@ -1,5 +1,6 @@
 """Which runs are killed, and when."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,11 +72,14 @@ class Setting:
             f"--data.sources.documents.batch_size={size // 2}",
             *(f"--data.sources.{n}.num_workers={self.workers}" for n in ("pairs", "documents")),
         ]
-        callback = '{"class_path": "recipes.reliability_kills_log.StepLog", "init_args": {"path": '
+        callback = {
+            "class_path": "recipes.reliability_kills_log.StepLog",
+            "init_args": {"path": str(log)},
+        }
         return [
             f"--config={folder / self.data}.yaml",
             f"--run={run}",
-            f'--trainer.callbacks=[{callback}"{log}"}}}}]',
+            f"--trainer.callbacks={json.dumps([callback])}",
             f"--trainer.max_epochs={EPOCHS}",
             f"--checkpoint_every={CHECKPOINT_EVERY}",
             *batches[self.data],

@@ -10,28 +10,38 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
 
 class ShardError(ValueError):
     """A shard that is missing, truncated or ambiguous; never skipped."""
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Finds the shards that a specification names; local files only.
+    """Finds the shards that a specification names.
 
     Args:
         spec: A path, a brace expression (``train-{000000..000007}.tar``), a glob, a folder (all
-            its ``*.tar``), or a sequence of these.
+            its ``*.tar``), a URL of shards or of a folder (`recipes.remote.expand_url`), or a
+            sequence of these.
 
     Returns:
-        The shards, in the order named; a glob and a folder in the order of names.
+        The shards, in the order named; a glob and a folder in the order of names. A remote one
+        is where the cache will have it once it is opened.
 
     Raises:
-        ShardError: A URL or ``pipe:``, a pattern without a match, missing files (each is
-            named), a shard named twice.
+        ShardError: ``pipe:`` or another scheme that is not read, a pattern without a match,
+            missing files (each is named), a shard named twice.
     """
     shards: list[Path] = []
     missing: list[str] = []
     for part in [spec] if isinstance(spec, (str, Path)) else spec:
+        if _SCHEME.match(str(part)):
+            # Not before it is needed: the network's libraries take a while to load.
+            from recipes.remote import expand_url
+
+            shards.extend(expand_url(str(part)))
+            continue
         for name in _expand_braces(str(part)):
             found = _expand_name(name)
             shards.extend(found)
@@ -51,12 +61,6 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _expand_braces(name: str) -> list[str]:
-    # webdataset would run "pipe:" in a shell and hand a URL to curl.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
-        raise ShardError(
-            f"{name!r} is a URL or a command; expected local files: download the shards first "
-            f"(a local name with a colon is written ./name)"
-        )
     if Path(name).expanduser().exists():
         return [name]
     try:
@@ -66,7 +70,11 @@ def _expand_braces(name: str) -> list[str]:
 
 
 def _expand_name(name: str) -> list[Path]:
+    from recipes.remote_cache import url_of
+
     path = Path(name).expanduser()
+    if url_of(path):  # it is fetched when it is opened
+        return [path]
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if path.is_file():

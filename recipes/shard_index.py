@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bridges.embedded import cache_dir
+from recipes.remote_cache import url_of
 from recipes.shard_files import ShardError
 from recipes.shard_manifest import Entry, missing_shards, read_manifest
 from recipes.shard_scan import Fault, ShardIndex, scan_shard
@@ -56,7 +57,8 @@ def shard_indexes(shards: Sequence[Path], *, progress: bool = False) -> list[Sha
 
 def _index(shard: Path, entry: Entry | None) -> ShardIndex:
     try:
-        size = shard.stat().st_size
+        there = load_index(shard) if url_of(shard) and not shard.exists() else None
+        size = there.size if there else shard.stat().st_size
     except OSError as error:
         raise ShardError(f"{shard}: found no readable file ({error}); check the path") from error
     index = _usable(load_index(shard), entry, size)

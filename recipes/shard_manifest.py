@@ -93,6 +93,8 @@ def missing_shards(shards: Sequence[Path]) -> list[str]:
     Raises:
         ShardError: as `read_manifest`.
     """
+    from recipes.remote_cache import url_of  # which imports this module
+
     missing = []
     for folder in dict.fromkeys(shard.parent for shard in shards):
         entries = read_manifest(folder) or {}
@@ -101,7 +103,9 @@ def missing_shards(shards: Sequence[Path]) -> list[str]:
         missing += [
             str(folder / entry.name)
             for entry in entries.values()
-            if entry.split in splits and not (folder / entry.name).exists()
+            if entry.split in splits
+            and not (folder / entry.name).exists()
+            and url_of(folder / entry.name) is None
         ]
     return missing
 

@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 
 from recipes.bad_samples import BadSample, BadSamples
 from recipes.order import EpochOrder
+from recipes.remote import fetch_indexes
+from recipes.remote_cache import open_shard, prefetch
 from recipes.samples import MEMBERS, SampleError, is_member, size_limit
 from recipes.shard_files import ShardError, expand_shards
 from recipes.shard_index import Fault, ShardIndex, missing_shards, shard_indexes
@@ -27,6 +29,7 @@ from recipes.shard_index import Fault, ShardIndex, missing_shards, shard_indexes
 _PASSED_OVER = frozenset(("cls",))
 _OPEN_FILES = 32
 _INDEXES = 256
+_AHEAD = 2
 _TRIES = 100
 _BETWEEN = 4 << 20  # headers, long names, and members that are no sample's
 
@@ -101,6 +104,7 @@ class ShardStream(Dataset[Read[T]]):
                 "again, or if they are not wanted, run 'bridges shards index FOLDER --overwrite "
                 "true'"
             )
+        fetch_indexes(self.shards, progress=progress)
         indexes = shard_indexes(self.shards, progress=progress)
         self._counts = [len(index) for index in indexes]
         self.total_samples = sum(self._counts)
@@ -282,7 +286,11 @@ class ShardStream(Dataset[Read[T]]):
         return index
 
     def _read(self, shard: int, start: int, length: int) -> bytes:
-        file = self._files.pop(shard, None) or self.shards[shard].open("rb", buffering=0)
+        file = self._files.pop(shard, None)
+        if file is None:
+            file = open_shard(self.shards[shard])
+            ahead = self._order.following(shard, _AHEAD)
+            prefetch([self.shards[index] for index in ahead])
         self._files[shard] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)[1].close()

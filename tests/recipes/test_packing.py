@@ -259,6 +259,18 @@ def test_an_instruction_stays_with_its_picture(tmp_path: Path):
     assert difference(model, padded, wrong) > 1e-5
 
 
+@pytest.mark.parametrize("kind", ["perceiver", "perceiver_gated"])
+def test_packed_text_alone_gives_every_parameter_a_gradient(kind: str):
+    model = model_of("llama", BRIDGES[kind])
+    collate = DocumentCollator.of(model, Window(max_tokens=100, loss_before_image=True))
+    texts = [sample for sample in documents(model) if not sample["images"]]
+    padded, packed = both(collate, model, [*texts, *texts[:1]])
+    assert len(packed.text.input_ids) < len(padded.text.input_ids)
+    assert difference(model, padded, packed) < 1e-5
+    _, gradients = step(model, packed)
+    assert {f"bridge.{name}" for name, _ in model.bridge.named_parameters()} <= gradients.keys()
+
+
 def test_the_next_picture_is_drawn_for_each_sample(monkeypatch: pytest.MonkeyPatch):
     """Of a packed row, too, one sample may read its next pictures and another its latest."""
     model = model_of("llama", BRIDGES["gated_next"]).train()

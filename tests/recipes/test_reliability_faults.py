@@ -31,7 +31,7 @@ def scored(folder, faults):
 def test_every_fault_is_named_and_nothing_is_lost(tmp_path):
     found = measure(tmp_path, quick=True)
     assert found["unnamed"] == []
-    assert found["named"] == found["injected"] == len(plants()) == 32
+    assert found["named"] == found["injected"] == len(plants()) == 33
     assert found["good"] > 100
     assert found["good_lost"] == found["miscounted"] == 0
     assert sum(found["by_kind"].values()) > found["injected"]
