@@ -112,7 +112,7 @@ def _prepare(options: Namespace) -> tuple[FeatureSet, Encoding]:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     encoder.to(device or "cpu")
-    form = data._cache_form()
+    form = data.cache_form()
     decode = options.data.decode
     features = FeatureSet.of(shards, options.out, encoder, form, options.dtype, decode, held_out)
     encoding = Encoding(

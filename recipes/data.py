@@ -135,18 +135,20 @@ class CaptionData(L.LightningDataModule):
             world_size: number of ranks that share the training samples.
 
         Raises:
-            ValueError: features of another encoder or task, or fewer samples than the ranks and
-                need for a batch each.
+            ValueError: features of another encoder or task, or fewer samples than the ranks need
+                for a batch each.
         """
-        form = self._cache_form()
-        check_cached([*self.train_shards, *self.held_out_shards], vision, form)
+        form = self.cache_form()
+        check_cached([*self.train_shards, *self.held_out_shards], vision, form, self.decode)
         if self.feature_cache is not None:
             cache = partial(
                 cache_features,
                 encoder=vision,
                 cache=Path(self.feature_cache),
                 on_error=self.on_error,
+                max_bad_fraction=self.max_bad_fraction,
                 form=form,
+                decode=self.decode,
             )
             self.train_shards = cache(self.train_shards)
             self.held_out_shards = cache(self.held_out_shards) if self.held_out_shards else []
@@ -195,7 +197,8 @@ class CaptionData(L.LightningDataModule):
     def _streams(self) -> list[ShardStream[Any]]:
         return [stream for stream in (self._train, self._held_out) if stream is not None]
 
-    def _cache_form(self) -> CacheForm:
+    def cache_form(self) -> CacheForm:
+        """What of a sample is encoded, and kept beside the features."""
         if self.task == "video":
             return clip_form(self.clips)
         return DOCUMENTS if self.task == "interleaved" else PICTURES

@@ -142,7 +142,13 @@ def scene_shards(console: Console) -> Path:
     with FileLock(cache_dir() / f"{folder.name}.lock"):
         if not (folder / MANIFEST).is_file():
             with console.status("drawing emoji scenes"):
-                write_scenes(folder, **SCENES, overwrite=True, progress=False)
+                write_scenes(
+                    folder,
+                    train=SCENES["train"],
+                    val=SCENES["val"],
+                    overwrite=True,
+                    progress=False,
+                )
     return folder
 
 

@@ -14,8 +14,8 @@ Which form a sample has shows in its JSON:
   they come, nulls left out: the k-th of them is the member ``key.k.jpg``. For a picture that could
   not be fetched write null in both lists.
 
-Of features cached by `recipes.cache` (``key.npy`` beside our own JSON), row k stands for picture
-k. A picture that is named and not there is a bad sample; it is never left out silently.
+Of features cached by `recipes.cache` (beside our own JSON), row k stands for picture k. A picture
+that is named and not there is a bad sample; it is never left out silently.
 
 Source: MMC4 (arXiv 2304.06939), OBELICS (arXiv 2306.16527), open_flamingo's data documentation.
 """
@@ -30,6 +30,7 @@ from torch import Tensor
 from bridges.decode import ImageDecoder
 from bridges.images import open_image
 from recipes.cache import CacheForm
+from recipes.features import has_features
 from recipes.samples import decode_image, numbered_images, read_features, read_meta, sample_error
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def read_document(raw: Mapping[str, Any]) -> Document:
     except _FormError as error:
         raise sample_error(raw, "unreadable document", f"json: {error}") from error
     members = numbered_images(raw)
-    features = read_features(raw, 3) if "npy" in raw else []
+    features = read_features(raw, 3) if has_features(raw) else []
     places: dict[int | bytes, int] = {}
     parts: list[str | int] = []
     images: list[bytes | Tensor] = []

@@ -111,8 +111,6 @@ def name_of(raw: Mapping[str, Any], shards: Sequence[Path]) -> str:
 
     A key alone is unique in its shard only.
     """
-    if is_cached(Path(raw["__shard__"])):
-        return raw["__key__"]
     return f"{[str(shard) for shard in shards].index(raw['__shard__']):05d}-{raw['__key__']}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bridges.decode import ImageDecoder
 from recipes.cache import CacheForm
+from recipes.features import has_features
 from recipes.samples import (
     decode_image,
     numbered_images,
@@ -115,10 +116,10 @@ class ClipDecoder:
     def __call__(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         rng = random.Random(raw["__seed__"]) if self.training else None
         sample = read_caption(raw, rng)
-        if "npy" in raw:
+        if has_features(raw):
             found, name = read_features(raw, 3), "features"
             if not len(found):
-                raise sample_error(raw, "unreadable features", "npy without a frame")
+                raise sample_error(raw, "unreadable features", "features without a frame")
             found = found[self.clips.stretch(len(found), rng)]
         else:
             found, name = torch.stack(_frames(raw, self.preprocess, self.clips, rng)), "image"

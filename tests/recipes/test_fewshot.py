@@ -637,7 +637,7 @@ def test_cached_documents_give_the_same(run, pages, tmp_path):
 def test_features_without_their_pictures_have_no_thumbnails(run, pages, tmp_path):
     cache = ["--run", run, "--data", pages, "--task=documents", "--shots=0,1"]
     assert call(*cache, f"--feature_cache={tmp_path}", "--out", tmp_path) == 0
-    (features,) = tmp_path.glob("*/features-*.tar")
+    (features,) = tmp_path.glob("*/val-*.tar")
     out = ["--held_out", features, "--out", tmp_path / "alone"]
     assert call("--run", run, "--data", pages, "--task=documents", "--shots=0,1", *out) == 0
     html = (tmp_path / "alone" / "fewshot_documents.html").read_text()

@@ -189,7 +189,7 @@ def test_shards_of_features_alone_show_texts_for_pictures(stage1, shards, tmp_pa
     arguments = ["--run", stage1[0], "--out", tmp_path, f"--feature_cache={tmp_path / 'cache'}"]
     assert run(*arguments, "--data", shards) == 0
     before = json.loads((tmp_path / "retrieval.json").read_text())
-    assert run(*arguments, "--data", tmp_path / "cache" / "*" / "features-*.tar") == 0
+    assert run(*arguments, "--data", tmp_path / "cache" / "*" / "{val,dev}-*.tar") == 0
     assert json.loads((tmp_path / "retrieval.json").read_text()) == before
     page = (tmp_path / "retrieval.html").read_text()
     assert "data:image" not in page
