@@ -53,7 +53,7 @@ class Sizes:
     photos: tuple[tuple[int, int], ...] = ((480, 640), (1200, 1600))
     batch: int = 32
     samples: int = 256
-    distinct: int = 16
+    distinct: int = 8
     pixels: int = 224
     patches: int = 257
     dim: int = 1024

@@ -28,6 +28,7 @@ MEMBER: dict[Storage, str] = {"fp16": "npy", "bf16": "safetensors", "int8": "saf
 _NPY = {np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32}
 _SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MOST = 2**31
+_HEADER = 10 + 2**16  # the longest header of npy 1.0
 
 
 def has_features(raw: Mapping[str, Any]) -> bool:
@@ -101,8 +102,9 @@ def _quantised(features: Tensor) -> dict[str, Tensor]:
     return {"features": steps.to(torch.int8), "scale": scale}
 
 
-def _read_npy(data: bytes) -> Tensor:
-    file = io.BytesIO(data)
+def _read_npy(data: bytes | bytearray) -> Tensor:
+    # Not of all: BytesIO copies a bytearray.
+    file = io.BytesIO(bytes(memoryview(data)[:_HEADER]))
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -116,6 +118,8 @@ def _read_npy(data: bytes) -> Tensor:
         raise ValueError(f"npy: found {dtype} in {order} order; expected fp16 or fp32 in C order")
     at = file.tell()
     _check_size("npy", shape, len(data) - at, dtype.itemsize)
+    if isinstance(data, bytearray):  # nobody else's: no copy
+        return _tensor(data, _NPY[dtype], shape, at)
     return _tensor(bytearray(memoryview(data)[at:]), _NPY[dtype], shape)
 
 
@@ -159,7 +163,7 @@ def _check_size(name: str, shape: Any, found: int, item: int) -> None:
         )
 
 
-def _tensor(data: bytearray, dtype: torch.dtype, shape: Any) -> Tensor:
+def _tensor(data: bytearray, dtype: torch.dtype, shape: Any, offset: int = 0) -> Tensor:
     if not math.prod(shape):
         return torch.zeros(tuple(shape), dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
+    return torch.frombuffer(data, dtype=dtype, offset=offset).view(tuple(shape))

@@ -8,12 +8,13 @@ beginning, gives the format: see docs/decisions/0014.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import xxhash
 from torch.utils.data import Dataset
@@ -115,6 +116,7 @@ class ShardStream(Dataset[Read[T]]):
         self.contents = tuple(index.sha256 for index in indexes)
         self._indexes = OrderedDict(list(enumerate(indexes))[:_INDEXES])
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self._buffer = bytearray()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -193,8 +195,8 @@ class ShardStream(Dataset[Read[T]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker opens files of its own, and loads the indexes that it needs.
-        own: dict[str, Any] = {"_files": OrderedDict(), "_indexes": OrderedDict(), "_order": None}
-        return self.__dict__ | own
+        own = {"_files": OrderedDict(), "_indexes": OrderedDict(), "_buffer": bytearray()}
+        return self.__dict__ | own | {"_order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -269,7 +271,9 @@ class ShardStream(Dataset[Read[T]]):
                 kind="damaged bytes",
             )
         raw: dict[str, Any] = {
-            name: data[at - start : at - start + size] for name, (at, size) in where.items()
+            # An array becomes a tensor of these very bytes, so that they must be writable.
+            name: (bytearray if name == "npy" else bytes)(data[at - start : at - start + size])
+            for name, (at, size) in where.items()
         }
         seed = f"{self.seed}/{self.epoch}/{path.name}/{key}"
         return raw | {"__key__": key, "__shard__": str(path), "__seed__": seed}
@@ -285,7 +289,8 @@ class ShardStream(Dataset[Read[T]]):
             self._indexes.popitem(last=False)
         return index
 
-    def _read(self, shard: int, start: int, length: int) -> bytes:
+    def _read(self, shard: int, start: int, length: int) -> memoryview:
+        """Bytes of a shard, good until the next call: memory that is new each time costs time."""
         file = self._files.pop(shard, None)
         if file is None:
             file = open_shard(self.shards[shard])
@@ -294,12 +299,17 @@ class ShardStream(Dataset[Read[T]]):
         self._files[shard] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)[1].close()
-        if hasattr(os, "pread"):
-            # A forked worker shares the file's position with its parent, so none is moved. No
-            # mapping: a file that is cut off while it is mapped would end the process.
-            return os.pread(file.fileno(), length, start)
-        file.seek(start)
-        return file.read(length)
+        if len(self._buffer) < length:
+            self._buffer = bytearray(length)
+        data = memoryview(self._buffer)[:length]
+        # No mapping: a file that is cut off while it is mapped would end the process.
+        if hasattr(os, "preadv"):
+            # A forked worker shares the file's position with its parent, so none is moved.
+            found = os.preadv(file.fileno(), [data], start)
+        else:
+            file.seek(start)
+            found = cast(io.RawIOBase, file).readinto(data) or 0
+        return data[:found]
 
     def _named(self, error: SampleError, shard: int, sample: int) -> BadSample:
         key = self._index(shard).keys[sample]
