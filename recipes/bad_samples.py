@@ -66,8 +66,10 @@ class BadSamples:
             ShardError: too many are bad.
         """
         self._seen += seen
+        found = list(found)
+        # A sample may have several bad members.
+        self._met += len({(bad.shard, bad.key, bad.place) for bad in found})
         for bad in found:
-            self._met += 1
             if self._is_new(bad):
                 logger.warning("skipped: %s: %s", bad.kind, bad.problem)
                 self._write(bad)

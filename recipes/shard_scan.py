@@ -264,10 +264,13 @@ class _Samples:
             return set()  # in its midst: known when the next member came
         victims = []
         if damage.name is not None:
-            victims = [side for side in sides if _owns(side, damage)]
             usual = max(self._forms, key=lambda form: self._forms[form], default=None)
-            # Nothing says whose it was; a sample that has what the others have is whole.
-            victims = victims or [side for side in sides if side.extensions() != usual]
+            named = [side for side in sides if _owns(side, damage)]
+            # Where nothing says whose it was, a sample that has what the others have is whole.
+            lacking = [side for side in sides if side.extensions() != usual]
+            mended = [side for side in sides if _owns(side, damage, mended=True)]
+            both = [side for side in mended if side in lacking]
+            victims = named or both or lacking or mended
         lost = set()
         for victim in victims:
             if victim.row is not None:
@@ -282,17 +285,24 @@ class _Samples:
         return lost
 
 
-def _owns(group: _Group, damage: Damage) -> bool:
-    """Whether a damaged header was of this sample, by what is left of its name."""
+def _owns(group: _Group, damage: Damage, mended: bool = False) -> bool:
+    """Whether a damaged header was of this sample, by what is left of its name.
+
+    Args:
+        group: the sample.
+        damage: the header.
+        mended: ask whether the header's checksum would hold with the sample's name in it. It is a
+            sum, and so may hold with a neighbour's name, too.
+    """
     name = damage.name or b""
     for encoded in (f"{group.key}.".encode(), f"{group.key}.".encode("ascii", "replace")):
         extension = name[len(encoded) :].decode("utf-8", "replace").lower()
         if not name or group.has(extension):
             continue
-        cut = encoded[: len(name)] if len(name) == 100 or damage.kind[0] == "t" else encoded
-        if name.startswith(cut):
-            return True
-        # One damaged byte within the name: with the right one, the checksum holds again.
-        if len(encoded) < 100 and checksum_holds(encoded + damage.block[len(encoded) :]):
+        if mended:
+            found = len(encoded) < 100 and checksum_holds(encoded + damage.block[len(encoded) :])
+        else:
+            found = name.startswith(encoded[: len(name)] if len(name) == 100 else encoded)
+        if found:
             return True
     return False

@@ -23,7 +23,7 @@ from recipes.bad_samples import BadSample, BadSamples
 from recipes.order import EpochOrder
 from recipes.remote import fetch_indexes
 from recipes.remote_cache import open_shard, prefetch
-from recipes.samples import MEMBERS, SampleError, is_member, size_limit
+from recipes.samples import MAX_SAMPLE_BYTES, MEMBERS, SampleError, is_member, size_limit
 from recipes.shard_files import ShardError, expand_shards
 from recipes.shard_index import Fault, ShardIndex, missing_shards, shard_indexes
 
@@ -255,11 +255,11 @@ class ShardStream(Dataset[Read[T]]):
                     kind="member too large",
                 )
         start, end = int(index.offsets[sample]), int(index.ends[sample])
-        room = sum(size for _, size in where.values()) + _BETWEEN
+        room = min(sum(size for _, size in where.values()) + _BETWEEN, MAX_SAMPLE_BYTES)
         if end - start > room:
             raise SampleError(
-                f"{path}: sample {key!r}: its members are spread over {end - start:,} bytes; "
-                f"expected at most {room:,}: rewrite the shard without what lies between them",
+                f"{path}: sample {key!r} takes {end - start:,} bytes; expected at most "
+                f"{room:,}: rewrite it with smaller members, and without what lies between them",
                 kind="member too large",
             )
         data = self._read(shard, start, end - start)
