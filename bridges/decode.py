@@ -81,7 +81,7 @@ class FastPreprocess:
 
     Pixels are uint8; `normalise` is for the encoder's device. In levels of 255, those of photos
     differ from the official processor's by at most 6 and by 0.5 on average; where the DCT is
-    scaled, by 32 and 3.5 (from 640×480 to 224: 18 and 1.6; from 1600×1200: 10 and 0.8). For dots
+    scaled, by 32 and 3.5 (from 640×480 to 224: 28 and 1.6; from 1600×1200: 12 and 0.8). For dots
     and chessboards of a few pixels, which no photo is, it is 80 and 15.
 
     Attributes:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
     if name not in COMMANDS:
-        listed = "\n".join(f"  {command:<11}{text}" for command, (_, _, text) in COMMANDS.items())
+        listed = "\n".join(f"  {command:<13}{text}" for command, (_, _, text) in COMMANDS.items())
         print(f"usage: bridges COMMAND [--help] …\n\n{listed}")
         if name in ("-h", "--help"):
             return 0

@@ -12,6 +12,9 @@ from braceexpand import braceexpand
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
+INDEX_SUFFIX = ".index"
+"""After a shard's name: its index, which ``train-*`` does not mean."""
+
 
 class ShardError(ValueError):
     """A shard that is missing, truncated or ambiguous; never skipped."""
@@ -81,5 +84,5 @@ def _expand_name(name: str) -> list[Path]:
         return [path]
     if glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return [match for match in found if match.is_file()]
+        return [path for path in found if path.is_file() and path.suffix != INDEX_SUFFIX]
     return []

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from bridges.embedded import cache_dir
 from bridges.files import write_bytes
+from recipes.shard_files import INDEX_SUFFIX
 from recipes.shard_scan import Fault, ShardIndex
 
 _FORMAT = 1
@@ -21,7 +22,7 @@ _ARRAYS = ("offsets", "ends", "checksums", "members", "starts", "sizes", "extens
 
 def index_path(shard: Path) -> Path:
     """Where a shard's index is kept, if its folder can be written."""
-    return shard.with_name(f"{shard.name}.index")
+    return shard.with_name(shard.name + INDEX_SUFFIX)
 
 
 def _cached_path(shard: Path) -> Path:

@@ -109,7 +109,7 @@ def result_of(folder: Path, task: str) -> dict[str, Any]:
 
 
 def pool(model: VisionLanguageModel, shards: Path, split: str, **options: Any) -> Pool:
-    return Pool.collect(sorted(shards.glob(f"{split}-*")), model.vision, 100, **options)
+    return Pool.collect(sorted(shards.glob(f"{split}-*.tar")), model.vision, 100, **options)
 
 
 # --- the command
@@ -671,7 +671,7 @@ def test_pictures_are_decoded_once_and_only_of_documents_that_are_asked(
         return decode(raw, document, image)
 
     monkeypatch.setattr(fewshot_documents, "decode_picture", note)
-    (shard,) = tmp_path.glob("val-*")
+    (shard,) = tmp_path.glob("val-*.tar")
     found = DocumentPool.collect(
         [shard], model.vision, model.prompt_encoder(), 9, shots=1, max_length=100
     )

@@ -144,7 +144,9 @@ def samples(folder) -> dict[str, SourceData]:
         def decoder(self, preprocess, *, training):
             return lambda raw: {"key": raw["__key__"]}
 
-    encoder: Any = SimpleNamespace(image_decoder=lambda mode: None, parameters=lambda: iter([torch.zeros(1)]))
+    encoder: Any = SimpleNamespace(
+        image_decoder=lambda mode: None, parameters=lambda: iter([torch.zeros(1)])
+    )
     made = {}
     for name in NAMES:
         made[name] = SourceData(str(folder / "shards" / name), batch_size=2)

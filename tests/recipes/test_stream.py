@@ -181,6 +181,7 @@ def test_shards_are_found_by_braces_globs_folders_and_lists(tmp_path):
     assert expand_shards(f"{tmp_path}/train-{{000000..000002}}.tar") == paths
     assert expand_shards(f"{tmp_path}/train-*.tar") == paths
     assert expand_shards(str(tmp_path)) == expand_shards(tmp_path) == paths
+    assert expand_shards(f"{tmp_path}/train-*") == paths  # the indexes are beside them
     assert expand_shards([str(paths[2]), paths[0]]) == [paths[2], paths[0]]
     (tmp_path / "{odd}").mkdir()
     odd = paths[0].rename(tmp_path / "{odd}" / "[1].tar")
