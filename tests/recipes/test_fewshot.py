@@ -666,9 +666,9 @@ def test_pictures_are_decoded_once_and_only_of_documents_that_are_asked(
     decoded: list[tuple[str, int]] = []
     decode = fewshot_documents.decode_picture
 
-    def note(raw: Any, document: Any, image: int) -> Image.Image:
+    def note(raw: Any, document: Any, image: int, *into: Any) -> Any:
         decoded.append((document.key, image))
-        return decode(raw, document, image)
+        return decode(raw, document, image, *into)
 
     monkeypatch.setattr(fewshot_documents, "decode_picture", note)
     (shard,) = tmp_path.glob("val-*.tar")
