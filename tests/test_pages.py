@@ -90,6 +90,24 @@ def test_the_blip2_page_as_written(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_pages_about_data_as_written(tmp_path):
+    """Shards are checked, features made of them, and a bridge is trained on those."""
+    scenes = ["scenes", "OUT", "--train=60", "--val=8"]
+    program = str(Path(sys.executable).with_name("bridges"))
+    subprocess.run([program, *scenes], cwd=tmp_path, check=True, capture_output=True)
+    page = "train-on-your-data.md"
+    checks = [line for line in commands(page) if line[:2] == ["bridges", "shards"]]
+    checks = [line for line in checks if line[2] in ("index", "verify")]
+    assert len(checks) == 2
+    for line in checks:
+        subprocess.run([program, *line[1:]], cwd=tmp_path, check=True, capture_output=True)
+    run_page("feature-shards.md", {"train": FEWER_STEPS}, tmp_path)
+    described = json.loads((tmp_path / "features/features.json").read_text())
+    assert described["dtype"] == "fp16"
+    assert (tmp_path / "runs/mine/bridge.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_the_flamingo_page_as_written(tmp_path):
     run_page("flamingo.md", FLAMINGO, tmp_path)
     run = tmp_path / "runs/flamingo_small"
