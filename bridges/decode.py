@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bridges.images import check_size, open_image, orientation_of
+from bridges.images import check_scans, check_size, open_image, orientation_of
 
 DecodeMode = Literal["exact", "fast"]
 """``exact`` is the encoder's official processor to the bit; ``fast`` is `FastPreprocess`."""
@@ -137,6 +137,7 @@ class FastPreprocess:
             *sides, colours, _ = simplejpeg.decode_jpeg_header(data)
             rows, columns = map(int, sides)
             check_size(columns, rows)
+            check_scans(data)
             # Pillow reads the header as well, for the orientation, and must agree on the size.
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
                 if header.size != (columns, rows) or colours not in _COLOURS:

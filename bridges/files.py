@@ -42,7 +42,7 @@ def staged(target: Path, needs: Callable[[], int] | None = None) -> Iterator[Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with _claimed(temporary):
+        with claimed(temporary):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -68,7 +68,7 @@ def staged(target: Path, needs: Callable[[], int] | None = None) -> Iterator[Pat
 
 
 @contextmanager
-def _claimed(temporary: Path) -> Iterator[None]:
+def claimed(temporary: Path) -> Iterator[None]:
     """Locks a new file, for `remove_orphans` to know that its writer lives."""
     if sys.platform == "win32":
         # Nothing can remove a file that is open there, nor rename it.

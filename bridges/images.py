@@ -8,10 +8,12 @@ that reads a picture goes through `open_image` instead.
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Only these decoders see the bytes: Pillow has forty more, some of which start programs."""
@@ -22,6 +24,19 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
 """Longer to shorter side. An encoder that scales the shorter side to 224 makes three billion
 pixels of 60,000 × 1."""
+
+MAX_SCANS = 100
+"""Of a JPEG, as libtiff has it of one within a TIFF. Encoders make a dozen. Each takes 200 bytes
+and a pass over all pixels: half a megabyte of them could hold a core for half a minute."""
+
+MAX_TILE = 4096**2
+"""Pixels of a TIFF's tile that reaches beyond the picture. All of a tile is decoded."""
+
+_TILE_SIDES = (322, 323)
+# Between the segments of a JPEG stand their marks. Entropy-coded data hold no others than these.
+_MARK = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_SCAN = b"\xff\xda"
+_END = b"\xff\xd9"
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -64,7 +79,8 @@ def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greys are scaled
     to 8 bits, CMYK and greyscale become RGB, an animation gives its first frame. The pixel
-    count is read from the header, before anything is decoded.
+    count is read from the header, before anything is decoded; so are a JPEG's scans and a TIFF's
+    tiles counted.
 
     Args:
         source: The encoded bytes, or the path of a file that holds them.
@@ -72,15 +88,18 @@ def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
     Raises:
         ImageError: Unreadable file, format not in ``FORMATS``, too many pixels, one side more
-            than `MAX_ASPECT` times the other, truncated or corrupt data, 32-bit samples.
+            than `MAX_ASPECT` times the other, more than `MAX_SCANS`, truncated or corrupt data,
+            32-bit samples.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
-        with (
-            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
-            Image.open(stream, formats=FORMATS) as image,
-        ):
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.width, image.height, name, max_pixels)
+            if image.format in ("JPEG", "MPO"):
+                check_scans(data, name)
+            if isinstance(image, TiffImageFile):
+                _check_tiles(image, name)
             rgb = upright_rgb(image, name)
     except ImageError:
         raise
@@ -123,6 +142,42 @@ def check_size(
         raise TooNarrowError(
             f"{name} is {width}×{height}; expected one side at most {MAX_ASPECT} times the other: "
             "cut it or leave it out"
+        )
+
+
+def check_scans(data: bytes, name: str = "the image") -> None:
+    """Refuses a JPEG of more scans than an encoder makes, before anything is decoded.
+
+    Raises:
+        ImageError: more than `MAX_SCANS`.
+    """
+    # Pairs of bytes may look like a scan where there is none: the walk is for such pictures alone.
+    if data.count(_SCAN) > MAX_SCANS and _has_many_scans(data):
+        raise ImageError(
+            f"{name} is a JPEG of more than {MAX_SCANS} scans; expected a dozen at most: save it "
+            "anew, or leave it out"
+        )
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Follows a JPEG's segments to its end; a phone's photo may have a film behind it."""
+    at = scans = 0
+    while (mark := _MARK.search(data, at)) and mark[0] != _END:
+        scans += mark[0] == _SCAN
+        if scans > MAX_SCANS:
+            return True
+        at = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
+    return False
+
+
+def _check_tiles(image: TiffImageFile, name: str) -> None:
+    width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES)
+    most = max(MAX_TILE, image.width * image.height)
+    if width * height > most:
+        raise TooManyPixelsError(
+            f"{name} has tiles of {width}×{height} = {width * height:,} pixels for a picture of "
+            f"{image.width}×{image.height}; expected at most {most:,}: save it with smaller tiles, "
+            "or leave it out"
         )
 
 

@@ -43,7 +43,7 @@ class BadSamples:
     """The bad samples that one process has met, each counted once however often it comes round.
 
     Args:
-        total: good samples that the shards are thought to hold.
+        total: samples of the shards, the bad ones that are known included.
         max_fraction: of all samples seen, the most that may be bad.
     """
 
@@ -66,18 +66,32 @@ class BadSamples:
             ShardError: too many are bad.
         """
         self._seen += seen
-        found = list(found)
         # A sample may have several bad members.
-        self._met += len({(bad.shard, bad.key, bad.place) for bad in found})
+        self._met += len(self._note(found))
+        self._check(self._met, max(self._seen, min(ENOUGH, self.total)))
+
+    def add_faults(self, found: Iterable[BadSample]) -> None:
+        """Notes what is known of all the shards before a sample is read.
+
+        Raises:
+            ShardError: too many are bad.
+        """
+        self._check(len(self._note(found)), self.total)
+
+    def _note(self, found: Iterable[BadSample]) -> set[tuple[str, str | None, str]]:
+        samples = set()
         for bad in found:
+            samples.add((bad.shard, bad.key, bad.place))
             if self._is_new(bad):
                 logger.warning("skipped: %s: %s", bad.kind, bad.problem)
                 self._write(bad)
-        base = max(self._seen, min(ENOUGH, self.total))
-        if self._met > self.max_fraction * base:
+        return samples
+
+    def _check(self, bad: int, base: int) -> None:
+        if bad > self.max_fraction * base:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
             raise ShardError(
-                f"found {self._met} bad among {base:,} samples ({kinds}); expected at most "
+                f"found {bad} bad among {base:,} samples ({kinds}); expected at most "
                 f"{self.max_fraction:.1%}: mend the shards ('bridges shards verify' names what is "
                 "bad), or raise data.max_bad_fraction"
             )
@@ -92,6 +106,9 @@ class BadSamples:
         for bad in read_bad_samples(file):
             if bad.shard in shards and not self._is_new(bad):
                 self._early = [one for one in self._early if one.identity != bad.identity]
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):
+            with file.open("a") as log:  # a kill cut its last line short
+                log.write("\n")
         self._file = file
         early, self._early = self._early, []
         for bad in early:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 
 from bridges import VisionEncoder
 from bridges.decode import DecodeMode
@@ -31,6 +30,7 @@ from recipes.cache_set import (
 )
 from recipes.cache_writer import Encoding, write_features
 from recipes.features import MEMBER, decode_features
+from recipes.locks import locked
 from recipes.shard_files import expand_shards
 from recipes.shard_index import shard_indexes
 from recipes.shard_manifest import Entry, read_manifest
@@ -86,7 +86,7 @@ def cache_features(
     features = features.at(cache / name)
     cache.mkdir(parents=True, exist_ok=True)
     # Of several ranks on a machine the first encodes, the others wait and find the result.
-    with FileLock(cache / f"{name}.lock"):
+    with locked(cache / f"{name}.lock"):
         if not features.begin():
             encoding = Encoding(
                 encoder, form, "fp16", decode, batch_size, on_error, max_bad_fraction

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bridges import VisionEncoder
 from bridges.run import VisionSource
@@ -82,7 +84,15 @@ def _parser() -> ArgumentParser:
 
 def _configured(config: str, source: str | None) -> dict[str, Any]:
     """What a recipe says of the encoder and the data."""
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    try:
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"found {config}, which is no recipe: {error}; expected plain YAML: mend the file"
+        ) from error
+    if not isinstance(loaded, dict):
+        found = type(loaded).__name__
+        raise ValueError(f"found a {found} in {config}; expected the keys of a recipe: mend it")
     data = loaded.get("data") or {}
     sources = data.get("sources")
     if sources is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from recipes.cache_form import CacheForm
 from recipes.features import Storage
 from recipes.shard_files import ShardError
 from recipes.shard_index import shard_indexes
-from recipes.shard_manifest import Entry, write_manifest
+from recipes.shard_manifest import Entry, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.json"
 """In the folder of feature shards: what they are of. It is written when all of them are there."""
@@ -26,6 +29,7 @@ PARTIAL_FILE = "features.partial.json"
 """In its place until then: what they are going to be of."""
 
 _IDENTITY = ("encoder", "transform", "form", "dtype", "patches", "grid", "dim")
+_SHARD = {"name", "source", "bytes", "sha256"}
 _SPLIT = re.compile(r"([A-Za-z0-9_]+)-.*\.tar")
 
 
@@ -109,6 +113,8 @@ class FeatureSet:
     def begin(self) -> bool:
         """Claims the folder for this set; True if the set is there already.
 
+        Of a set that was complete, shards that are gone or cut off since are to be made again.
+
         Raises:
             ValueError: the folder holds something else.
         """
@@ -118,7 +124,11 @@ class FeatureSet:
             there = read_description(self.folder / file)
             if there is not None:
                 self._check_same(there, file)
-                return file == FEATURES_FILE
+                lost = self._drop_lost()
+                if file == FEATURES_FILE and lost:
+                    write_json(self.folder / PARTIAL_FILE, self.described)
+                    (self.folder / FEATURES_FILE).unlink(missing_ok=True)
+                return file == FEATURES_FILE and not lost
         if found:
             raise ValueError(
                 f"found {found[0]} in {self.folder}, which no {FEATURES_FILE} describes; expected "
@@ -161,6 +171,21 @@ class FeatureSet:
         (self.folder / PARTIAL_FILE).unlink(missing_ok=True)
         return True
 
+    def _drop_lost(self) -> bool:
+        """Takes shards that are gone, or not as long as they were, out of the manifest."""
+        entries = read_manifest(self.folder) or {}
+        lost = [path for path in self.paths if not _is_whole(path, entries.get(path.name))]
+        for path in lost:
+            if path.is_file():
+                logger.warning("%s is damaged, it is encoded again", path)
+                path.unlink(missing_ok=True)
+        names = {path.name for path in lost}
+        if names & entries.keys():
+            # The new ones need not have the same bytes: encoded on another GPU, say.
+            kept = [entry for name, entry in entries.items() if name not in names]
+            write_manifest(self.folder, kept)
+        return bool(lost)
+
     def _check_same(self, there: Mapping[str, Any], file: str) -> None:
         found, expected = identity(there), self.identity
         names = sorted(found.keys() | expected.keys())
@@ -181,12 +206,12 @@ def read_description(file: Path) -> dict[str, Any] | None:
     """
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-        keys = {*_IDENTITY, "shards"}
-        if keys <= described.keys() and all("sha256" in shard for shard in described["shards"]):
+        whole = all(shard.keys() >= _SHARD for shard in described["shards"])
+        if whole and described.keys() >= set(_IDENTITY):
             return described
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(_unknown(file)) from error
     raise ValueError(_unknown(file))
 
@@ -204,6 +229,15 @@ def left_out(described: Mapping[str, Any]) -> list[str]:
         for shard in described["shards"]
         for key in shard.get("left_out", ())
     ]
+
+
+def _is_whole(shard: Path, entry: Entry | None) -> bool:
+    """Whether a shard is there, and as long as its entry says."""
+    try:
+        size = shard.stat().st_size
+    except FileNotFoundError:
+        return False
+    return entry is None or size == entry.bytes
 
 
 def _split(shard: Path) -> str:

@@ -103,7 +103,10 @@ def write_features(
     remove_orphans(features.folder)
     share = itertools.islice(features.sources.items(), rank, None, world_size)
     todo = {name: path for name, path in share if not (features.folder / name).is_file()}
-    total = sum(len(shard_indexes([path])[0]) for path in todo.values())
+    total = faults = 0
+    for path in todo.values():
+        (index,) = shard_indexes([path])
+        total, faults = total + len(index), faults + len(index.faults)
     pictures, started = 0, time.perf_counter()
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, transient=True, disable=rank != 0) as progress:
@@ -117,7 +120,9 @@ def write_features(
                 progress.update(task, advance=1, rate=f"{rate:,.0f} pictures/s")
                 yield sample
 
-        work = _Work(list(todo.values()), encoding) if total else None
+        # Without a good sample there is no stream, but one that raises.
+        raised = faults and encoding.on_error == "raise"
+        work = _Work(list(todo.values()), encoding) if total or raised else None
         pending = iter(todo.items())
         read = itertools.groupby(shown(work.read()) if work else (), key=lambda s: s.shard)
         for shard, own in read:

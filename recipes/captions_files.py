@@ -14,6 +14,7 @@ from recipes.samples import read_questions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
+_IDS = (str, int, float)
 _FLICKR8K_LINE = re.compile(r"(?P<image>.+?)#\d+\t(?P<caption>.*)")
 
 
@@ -54,8 +55,6 @@ def read_captions(path: Path, format: str = "auto") -> list[CaptionRow]:
         rows = list(READERS[name](path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): convert it, e.g. with iconv") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; mend it or give format") from error
     except csv.Error as error:
         raise ValueError(
             f"{path} is not a valid CSV file: {error}; mend it or give format"
@@ -196,7 +195,8 @@ def _read_karpathy(path: Path) -> Iterator[CaptionRow]:
         # restval: the part of COCO's validation set that everyone trains on.
         split = "train" if item.get("split") == "restval" else item.get("split")
         sentences = item.get("sentences")
-        captions = [_get(sentence, "raw") for sentence in sentences or ()]
+        sentences = sentences if isinstance(sentences, list) else []
+        captions = [_get(sentence, "raw") for sentence in sentences]
         yield from _rows(captions, image, split, item.get("cocoid", item.get("imgid")), where)
 
 
@@ -204,15 +204,18 @@ def _read_coco(path: Path) -> Iterator[CaptionRow]:
     names: dict[Any, str] = {}
     for index, item in enumerate(_list_of(path, "images", ("id", "file_name"))):
         name = item.get("file_name")
-        if isinstance(name, str):
-            names[item.get("id")] = name
+        where = f"{path.name} image {index}"
+        if not isinstance(name, str):
+            yield CaptionRow("", where=where, problem="no image name")
+        elif not isinstance(item.get("id"), _IDS):
+            yield CaptionRow(name, where=where, problem="no image id")
         else:
-            yield CaptionRow("", where=f"{path.name} image {index}", problem="no image name")
+            names[item["id"]] = name
     captioned = set()
     for index, item in enumerate(_list_of(path, "annotations", ("image_id", "caption"))):
         image_id = item.get("image_id")
         where = f"{path.name} annotation {index}"
-        if image_id not in names:
+        if not isinstance(image_id, _IDS) or image_id not in names:
             yield CaptionRow("", where=f"{where}: {image_id!r}", problem="unknown image id")
             continue
         captioned.add(image_id)
@@ -230,10 +233,22 @@ def _rows(
     id = id if isinstance(id, (str, int)) else None
     captions = captions if isinstance(captions, list) else [captions]
     texts = [text if isinstance(text, str) else "" for text in captions]
+    if isinstance(id, str) and not _is_unicode(id):
+        yield CaptionRow(image, where=f"{where}: id {id!r}", problem="not valid Unicode")
+        return
     if not texts:
         yield CaptionRow(image, where=where, problem="no caption")
     for text in texts:
         yield CaptionRow(image, text, split, id, where)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: half of a surrogate pair (``"\\ud800"``) cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list_of(path: Path, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -255,8 +270,12 @@ def _get(found: object, name: str) -> object:
 
 
 def _load_json(path: Path) -> Any:
-    with path.open(encoding="utf-8-sig") as file:
-        return json.load(file)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; mend it or give format") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[CaptionRow]]] = {

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,11 @@ class LastCheckpoint(Callback):
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """The step that training resumes from is on disk already."""
         self._saved_at = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+            # That epoch is over. Lightning asks whether as many batches are done as the next epoch
+            # has, which on fewer ranks, or in smaller batches, is longer.
+            loop.batch_progress.current.completed = sys.maxsize
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Saves where due; between two steps of accumulated gradients nothing is."""

@@ -41,15 +41,15 @@ def _index(arguments: Sequence[str]) -> int:
     parser = _over_shards(
         "bridges shards index",
         "Makes the indexes and the manifest of shards, whoever wrote them, and says what is wrong "
-        "with them.",
+        "with them; exit code 1 if there is anything.",
     )
     parser.add_function_arguments(index_shards, skip={"shards", "progress"}, fail_untyped=False)
     options = vars(parser.parse_args(list(arguments)))
     check = index_shards(options.pop("shards"), **options)
     print_check(check)
     if check.findings:
-        print("indexed as they are: a run raises these faults, or with on_error: skip counts them")
-    return 0
+        print("a run raises these faults, or with on_error: skip counts them")
+    return 1 if check.findings else 0
 
 
 def _verify(arguments: Sequence[str]) -> int:

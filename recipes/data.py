@@ -138,6 +138,12 @@ class CaptionData(L.LightningDataModule):
             ValueError: features of another encoder or task, or fewer samples than the ranks need
                 for a batch each.
         """
+        if not self.train_shards:
+            named = ", ".join(path.name for path in self.held_out_shards[:5])
+            raise ShardError(
+                f"found held-out shards alone ({named}); expected some to train on, too, such as "
+                "train-000000.tar: restore them, or name shards and val_shards each"
+            )
         form = self.cache_form()
         check_cached([*self.train_shards, *self.held_out_shards], vision, form, self.decode)
         if self.feature_cache is not None:
@@ -158,6 +164,11 @@ class CaptionData(L.LightningDataModule):
         self._train = self._stream(self.train_shards, training=True)
         if self.held_out_shards:
             self._held_out = self._stream(self.held_out_shards, training=False)
+            if (samples := self._held_out.total_samples) < world_size:
+                raise ValueError(
+                    f"found {samples} held-out samples for {world_size} ranks; expected one each: "
+                    "hold out more, or train on fewer devices"
+                )
         if not self.batches_per_epoch():
             raise ValueError(
                 f"found {self._train.total_samples} samples for batches of {self.batch_size} on "
@@ -173,7 +184,7 @@ class CaptionData(L.LightningDataModule):
     def train_dataloader(self) -> SizedLoader:
         """The rest of the current epoch; asked for anew before each."""
         assert self.trainer is not None and self._train is not None
-        self._train.set_epoch(self.trainer.current_epoch)
+        self._train.set_epoch(epoch_of(self.trainer))
         return self._loader(self._train, drop_last=True)
 
     def val_dataloader(self) -> SizedLoader | list[Any]:
@@ -216,7 +227,7 @@ class CaptionData(L.LightningDataModule):
         )
 
     def _loader(self, stream: ShardStream[Any], *, drop_last: bool) -> SizedLoader:
-        return SizedLoader(
+        loader = SizedLoader(
             stream,
             self.batch_size,
             self._collate,
@@ -224,6 +235,19 @@ class CaptionData(L.LightningDataModule):
             drop_last=drop_last,
             pin_memory=next(self._vision.parameters()).device.type == "cuda",
         )
+        if loader.world_size != self._world_size:
+            raise ValueError(
+                f"found {loader.world_size} ranks by the process group or WORLD_SIZE; expected the "
+                f"trainer's {self._world_size}: unset WORLD_SIZE and RANK, or set trainer.devices "
+                "and trainer.num_nodes"
+            )
+        return loader
+
+
+def epoch_of(trainer: L.Trainer) -> int:
+    """Whose order the training samples have: with ``overfit_batches`` it is always the same."""
+    fixed = getattr(trainer, "overfit_batches", 0)  # Lightning's own, though not declared
+    return 0 if fixed else trainer.current_epoch
 
 
 def split_shards(shards: str, val_shards: str | None) -> tuple[list[Path], list[Path]]:

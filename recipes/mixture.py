@@ -2,6 +2,7 @@
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import lightning as L
 
 from bridges import VisionEncoder
 from recipes.batch import Batch, Collate
-from recipes.data import CaptionData
+from recipes.data import CaptionData, epoch_of
 from recipes.loader import SizedLoader
 from recipes.sources import EndlessBatches, SourceData
 
@@ -109,7 +110,7 @@ class MixtureData(L.LightningDataModule):
             by λ.
         mixing: what an optimiser step is made of.
         rounds_per_epoch: so many as give the largest source its whole epoch, by default.
-        seed: added to the seeds of all sources.
+        seed: added to the seeds of all sources, each of which also depends on the source's name.
 
     Raises:
         ValueError: no source, or a name that is no word.
@@ -139,8 +140,10 @@ class MixtureData(L.LightningDataModule):
         self.mixing: Mixing = mixing
         self.rounds_per_epoch = rounds_per_epoch
         self.seed = seed
-        for source in self.sources.values():
-            source.seed += seed
+        for name, source in self.sources.items():
+            # Or two sources of one shape would have one order: the same pictures, as captions and
+            # as questions, would always meet in a step.
+            source.seed += seed + zlib.crc32(name.encode())
         self.endless: dict[str, EndlessBatches] = {}
 
     def connect(
@@ -213,7 +216,7 @@ class MixtureData(L.LightningDataModule):
     def train_dataloader(self) -> MixtureLoader:
         """The rest of the current epoch; asked for anew before each."""
         assert self.trainer is not None
-        return MixtureLoader(self, self.trainer.current_epoch)
+        return MixtureLoader(self, epoch_of(self.trainer))
 
     def val_dataloader(self) -> list[SizedLoader]:
         """The held-out samples of each source that has any, in the order of `held_out`."""

@@ -17,7 +17,7 @@ from bridges.files import write_json, write_text
 from recipes.bad_samples import read_bad_samples
 from recipes.finite import SkipNonFinite
 from recipes.mixture import TrainingData, sources_of
-from recipes.shard_index import shard_indexes
+from recipes.shard_index import each_index
 from recipes.training import BridgeModule
 
 PACKAGES = (
@@ -87,7 +87,7 @@ class RunRecorder(Callback):
                 str(path): index.sha256
                 for source in sources_of(data)
                 for path, index in zip(
-                    source.source_shards, shard_indexes(source.source_shards), strict=True
+                    source.source_shards, each_index(source.source_shards), strict=True
                 )
             },
         }

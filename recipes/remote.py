@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bridges.files import remove_orphans, staged
+from recipes.cache_set import FEATURES_FILE
 from recipes.remote_cache import cache_place, open_shard, prefetch, url_of
 from recipes.remote_fetch import fetch, find
 from recipes.shard_files import ShardError, expand_shards
@@ -164,6 +165,11 @@ def _prepare(folder: str, places: dict[str, Path]) -> Path:
         except FileNotFoundError:
             (place / MANIFEST).unlink(missing_ok=True)
             return place
+        try:
+            with staged(place / FEATURES_FILE) as temporary:
+                fetch(folder + FEATURES_FILE, temporary, _MAX_MANIFEST)
+        except FileNotFoundError:  # these are shards of pictures
+            (place / FEATURES_FILE).unlink(missing_ok=True)
         new = _new_entries(place, folder + MANIFEST)
         for path in place.glob("*.tar*"):
             name = path.name.removesuffix(".index")
@@ -172,7 +178,7 @@ def _prepare(folder: str, places: dict[str, Path]) -> Path:
     return place
 
 
-def _new_entries(place: Path, url: str) -> dict[str, Entry]:
+def _new_entries(place: Path, url: str) -> Mapping[str, Entry]:
     try:
         entries = _entries(place)
         for entry in entries.values():
@@ -185,7 +191,7 @@ def _new_entries(place: Path, url: str) -> dict[str, Entry]:
     return entries
 
 
-def _entries(place: Path) -> dict[str, Entry]:
+def _entries(place: Path) -> Mapping[str, Entry]:
     return read_manifest(place) or {}
 
 

@@ -39,7 +39,6 @@ MEMBERS = f"{', '.join(sorted(EXTENSIONS))}, and numbered pictures such as 0.jpg
 # One spelling for each number: "00.jpg" beside "0.jpg" would leave open which is the first.
 _NUMBERED = re.compile(rf"(0|[1-9][0-9]{{0,5}})\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
-
 T = TypeVar("T")
 
 
@@ -276,15 +275,19 @@ def _read_captions(raw: Mapping[str, Any], meta: dict[str, Any]) -> list[str]:
     raise sample_error(raw, "missing caption", f"no caption; {wanted}")
 
 
+def text_problem(text: str) -> tuple[str, str] | None:
+    """Kind and problem of a text that is not read; None for one that is."""
+    if (count := len(text)) > MAX_CHARACTERS:
+        most = f"expected at most {MAX_CHARACTERS:,}"
+        return "text too long", f"a text of {count:,} characters; {most}"
+    if "\0" in text:  # UTF-16 read as UTF-8: valid, every second character NUL
+        return "unreadable caption", f"NUL in the text {text[:40]!r}; expected UTF-8"
+    return None
+
+
 def _check_texts(raw: Mapping[str, Any], texts: Sequence[str]) -> None:
-    for text in texts:
-        if len(text) > MAX_CHARACTERS:
-            problem = f"a text of {len(text):,} characters; expected at most {MAX_CHARACTERS:,}"
-            raise sample_error(raw, "text too long", problem)
-        # UTF-16 read as UTF-8: valid, every second character NUL.
-        if "\0" in text:
-            problem = f"NUL in the text {text[:40]!r}; expected UTF-8"
-            raise sample_error(raw, "unreadable caption", problem)
+    for found in filter(None, map(text_problem, texts)):
+        raise sample_error(raw, *found)
 
 
 def sample_error(raw: Mapping[str, Any], kind: str, problem: str) -> SampleError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from recipes.locks import locked
+from recipes.remote_cache import url_of
 from recipes.shard_decode import undecodable
-from recipes.shard_files import ShardError, expand_shards
+from recipes.shard_files import ShardError, expand_shards, tars_in
 from recipes.shard_index import shard_indexes
 from recipes.shard_manifest import MANIFEST, Entry, read_manifest, write_manifest
 from recipes.shard_scan import ShardIndex, scan_shard
-from recipes.shard_store import drop_index, load_index, save_index
+from recipes.shard_store import cached_indexes, drop_index, load_index, lock_of, save_index
 
 T = TypeVar("T")
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,17 @@ class Finding:
 
 @dataclass
 class Check:
-    """What `index_shards` or `verify_shards` looked at and found."""
+    """What `index_shards` or `verify_shards` looked at and found.
+
+    ``read_only`` are folders that got no manifest, because they cannot be written; ``known`` is how
+    many shards were indexed before, and so were not read again.
+    """
 
     shards: int = 0
     samples: int = 0
     findings: list[Finding] = field(default_factory=list)
+    read_only: list[str] = field(default_factory=list)
+    known: int = 0
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -68,30 +79,32 @@ def index_shards(
         progress: Show a bar.
 
     Raises:
-        ShardError: As `expand_shards` and `shard_indexes`.
+        ShardError: As `expand_shards` and `shard_indexes`; a URL.
     """
-    paths = expand_shards(shards)
+    paths = _local(shards)
+    known = 0 if overwrite else sum(load_index(path) is not None for path in paths)
     if overwrite:
         indexes = _in_parallel(_index_anew, paths, "indexing", progress)
     else:
         indexes = shard_indexes(paths, progress=progress)
+    read_only = []
     for folder in dict.fromkeys(path.parent for path in paths):
-        known = {} if overwrite else read_manifest(folder) or {}
-        if overwrite:
-            known = {name: entry for name, entry in _listed(folder) if (folder / name).is_file()}
-        for path, index in zip(paths, indexes, strict=True):
-            if path.parent == folder and (overwrite or path.name not in known):
-                # A shard cut since it was indexed is described as it was.
-                whole = index if overwrite else load_index(path) or index
-                split = known[path.name].split if path.name in known else None
-                known[path.name] = Entry.of(path.name, whole, split)
-        write_manifest(folder, sorted(known.values(), key=lambda entry: entry.name))
+        own = [pair for pair in zip(paths, indexes, strict=True) if pair[0].parent == folder]
+        try:
+            with locked(lock_of(folder)):
+                _describe(folder, own, overwrite)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            read_only.append(str(folder))
     findings = [
         Finding(str(path), fault.key, fault.kind, fault.problem)
         for path, index in zip(paths, indexes, strict=True)
         for fault in index.faults
     ]
-    return Check(len(paths), sum(map(len, indexes)), findings)
+    listed = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
+    findings += _missing(listed, paths, {Path(shard) for shard in shards})
+    return Check(len(paths), sum(map(len, indexes)), findings, read_only, known)
 
 
 def verify_shards(
@@ -110,15 +123,15 @@ def verify_shards(
         progress: Show a bar.
 
     Raises:
-        ShardError: As `expand_shards`; nothing to compare the shards with.
+        ShardError: As `expand_shards`; nothing to compare the shards with; a URL.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected at least 1")
     folders = [Path(shard) for shard in shards if Path(shard).is_dir()]
     listed = {folder: read_manifest(folder) for folder in folders}
     # A folder of which every shard is lost is not an empty one.
-    given = [shard for shard in shards if not listed.get(Path(shard)) or _tars(Path(shard))]
-    paths = expand_shards(given) if given else []
+    given = [shard for shard in shards if not listed.get(Path(shard)) or tars_in(Path(shard))]
+    paths = _local(given) if given else []
     for folder in {path.parent for path in paths}:
         listed.setdefault(folder, read_manifest(folder))
     findings = _missing(listed, paths, set(folders))
@@ -137,7 +150,16 @@ def verify_shards(
 def print_check(check: Check, console: Console | None = None, *, names: int = 5) -> None:
     """Prints what was found; at most ``names`` of each kind."""
     console = console or Console()
-    console.print(f"{check.shards:,} shards, {check.samples:,} samples that can be read")
+    console.print(f"{check.shards:,} shards, {check.samples:,} samples without a fault")
+    if check.known:
+        console.print(
+            f"{check.known:,} shards were indexed before and not read again: 'bridges shards "
+            "verify' compares them with their indexes"
+        )
+    for folder in check.read_only:
+        kept = "as it was" if (Path(folder) / MANIFEST).exists() else "not there"
+        where = f"the indexes are kept in {cached_indexes()}; the manifest is {kept}"
+        console.print(Text(f"{folder} cannot be written: {where}"))
     if not check.findings:
         console.print("No faults.")
         return
@@ -152,8 +174,18 @@ def print_check(check: Check, console: Console | None = None, *, names: int = 5)
     console.print(table)
 
 
+def _local(shards: Sequence[str | Path]) -> list[Path]:
+    paths = expand_shards(shards)
+    if remote := [url for path in paths if (url := url_of(path))]:
+        raise ShardError(
+            f"found {remote[0]}, a URL; expected local files: index and verify shards where they "
+            "are, and copy their indexes and shards.json with them"
+        )
+    return paths
+
+
 def _verify(
-    path: Path, entries: dict[str, Entry] | None, decode: bool
+    path: Path, entries: Mapping[str, Entry] | None, decode: bool
 ) -> tuple[int, list[Finding]]:
     def finding(kind: str, problem: str, key: str | None = None) -> Finding:
         return Finding(str(path), key, kind, problem)
@@ -223,7 +255,9 @@ def _changed(path: Path, kept: ShardIndex, size: int) -> list[tuple[str, str, st
 
 
 def _missing(
-    listed: dict[Path, dict[str, Entry] | None], paths: Sequence[Path], folders: set[Path]
+    listed: Mapping[Path, Mapping[str, Entry] | None],
+    paths: Sequence[Path],
+    folders: set[Path],
 ) -> list[Finding]:
     """Shards that a manifest lists, in the splits that were asked for, and that are gone."""
     findings = []
@@ -240,9 +274,26 @@ def _missing(
 
 def _index_anew(path: Path) -> ShardIndex:
     index = scan_shard(path)
-    drop_index(path)
+    with contextlib.suppress(OSError):  # of a read-only folder; the one that is saved is newer
+        drop_index(path)
     save_index(index, path)
     return index
+
+
+def _describe(folder: Path, indexes: Sequence[tuple[Path, ShardIndex]], overwrite: bool) -> None:
+    """Brings a folder's manifest up to date."""
+    before = None if overwrite else read_manifest(folder)
+    known = dict(before or {})
+    if overwrite:
+        known = {name: entry for name, entry in _listed(folder) if (folder / name).is_file()}
+    for path, index in indexes:
+        if overwrite or path.name not in known:
+            # A shard cut since it was indexed is described as it was.
+            whole = index if overwrite else load_index(path) or index
+            split = known[path.name].split if path.name in known else None
+            known[path.name] = Entry.of(path.name, whole, split)
+    if known != before:
+        write_manifest(folder, sorted(known.values(), key=lambda entry: entry.name))
 
 
 def _listed(folder: Path) -> list[tuple[str, Entry]]:
@@ -250,10 +301,6 @@ def _listed(folder: Path) -> list[tuple[str, Entry]]:
         return list((read_manifest(folder) or {}).items())
     except ShardError:  # it is replaced
         return []
-
-
-def _tars(folder: Path) -> list[Path]:
-    return list(folder.glob("*.tar"))
 
 
 def _in_parallel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from webdataset.tariterators import base_plus_ext
@@ -30,12 +31,13 @@ class Fault:
 
 
 def read_name(member: Member) -> tuple[str | None, str, Fault | None]:
-    """(key, extension, what is wrong) of a member, by webdataset's rule.
+    """(key, extension, what is wrong) of a member, by webdataset's rule but for hidden files.
 
-    There is no key where the member is no sample's: a folder, metadata, a name without extension.
+    There is no key where the member is no sample's: a folder, metadata, a name without extension, a
+    hidden file (``src/._000.jpg``, of which webdataset makes a sample ``src/``).
     """
     name = member.name
-    if member.passed_over or (_METADATA.match(name) and len(name) <= _MAX_NAME):
+    if member.passed_over or _no_samples(name):
         return None, "", None
     shown = name[:_MAX_NAME].encode("utf-8", "backslashreplace").decode()
     key, extension = base_plus_ext(shown)
@@ -46,6 +48,23 @@ def read_name(member: Member) -> tuple[str | None, str, Fault | None]:
         kind = "link or device" if member.what != "a sparse file" else "refused member"
         fault = Fault(kind, key, f"the member {shown[:200]!r} is {member.what}")
     return key, (extension or "").lower(), fault
+
+
+def is_key(key: str) -> bool:
+    """Whether a sample written under a key is read under the same."""
+    # The longest extension that is written, or a long key would be refused for some members only.
+    name = f"{key}.000000.jpeg"
+    return (
+        base_plus_ext(name) == (key, "000000.jpeg")
+        and not (_no_samples(name) or _unsafe(name))
+        and not any(unicodedata.category(character) == "Cc" for character in key)
+    )
+
+
+def _no_samples(name: str) -> bool:
+    if name.rpartition("/")[2].startswith("."):
+        return True
+    return _METADATA.match(name) is not None and len(name) <= _MAX_NAME
 
 
 def _unsafe(name: str) -> str:

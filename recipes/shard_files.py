@@ -63,6 +63,11 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     return shards
 
 
+def tars_in(folder: Path) -> list[Path]:
+    """The shards in a folder, by name; without ``._00000.tar``, which macOS puts beside them."""
+    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
 def _expand_braces(name: str) -> list[str]:
     if Path(name).expanduser().exists():
         return [name]
@@ -79,7 +84,7 @@ def _expand_name(name: str) -> list[Path]:
     if url_of(path):  # it is fetched when it is opened
         return [path]
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        return tars_in(path)
     if path.is_file():
         return [path]
     if glob.has_magic(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -10,18 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bridges.embedded import cache_dir
+from recipes.locks import locked
 from recipes.remote_cache import url_of
 from recipes.shard_files import ShardError
 from recipes.shard_manifest import Entry, missing_shards, read_manifest
-from recipes.shard_scan import Fault, ShardIndex, scan_shard
-from recipes.shard_store import load_index, save_index
+from recipes.shard_scan import MAX_FAULTS, Fault, ShardIndex, scan_shard
+from recipes.shard_store import load_index, lock_of, save_index
 
-__all__ = ["Fault", "ShardIndex", "missing_shards", "scan_shard", "shard_indexes"]
+__all__ = ["Fault", "ShardIndex", "each_index", "missing_shards", "scan_shard", "shard_indexes"]
+
+_AT_ONCE = 256
+_END = 1024
+_MAX_PADDING = 1 << 20
 
 
 def shard_indexes(shards: Sequence[Path], *, progress: bool = False) -> list[ShardIndex]:
@@ -55,16 +57,37 @@ def shard_indexes(shards: Sequence[Path], *, progress: bool = False) -> list[Sha
         return list(bar.track(pool.map(one, shards), total=len(shards)))
 
 
+def _index_of_remote(shard: Path) -> ShardIndex | None:
+    """Of a shard that is not here: it is fetched when it is opened."""
+    from recipes.remote import fetch_indexes  # which imports this module
+
+    fetch_indexes([shard])
+    return load_index(shard)
+
+
+def each_index(shards: Sequence[Path], *, progress: bool = False) -> Iterator[ShardIndex]:
+    """The indexes of many shards one after the other, few of them in memory at once.
+
+    Raises:
+        ShardError: as `shard_indexes`.
+    """
+    for at in range(0, len(shards), _AT_ONCE):
+        yield from shard_indexes(shards[at : at + _AT_ONCE], progress=progress)
+
+
 def _index(shard: Path, entry: Entry | None) -> ShardIndex:
     try:
-        there = load_index(shard) if url_of(shard) and not shard.exists() else None
-        size = there.size if there else shard.stat().st_size
+        size = shard.stat().st_size
     except OSError as error:
-        raise ShardError(f"{shard}: found no readable file ({error}); check the path") from error
+        there = _index_of_remote(shard) if url_of(shard) else None
+        if there is None:
+            found = f"found no readable file ({error})"
+            raise ShardError(f"{shard}: {found}; check the path") from error
+        size = there.size
     index = _usable(load_index(shard), entry, size)
     if index is None:
         # Of several ranks one scans, the others wait for what it kept.
-        with _lock(shard):
+        with locked(lock_of(shard)):
             index = _usable(load_index(shard), entry, size)
             if index is None:
                 index = scan_shard(shard)
@@ -76,9 +99,11 @@ def _index(shard: Path, entry: Entry | None) -> ShardIndex:
     lost = entry.samples - len(index) - len(index.faults) if entry and size < entry.bytes else 0
     if entry and lost > 0:
         problem = f"the file ends at byte {size:,} of {entry.bytes:,}"
-        return replace(
-            index, faults=(*index.faults, *[Fault("truncated shard", None, problem)] * lost)
-        )
+        faults = [Fault("truncated shard", None, problem)] * min(lost, MAX_FAULTS)
+        if lost > MAX_FAULTS:
+            problem += f"; {lost - MAX_FAULTS:,} more samples are lost, not listed"
+            faults.append(Fault("truncated shard", None, problem))
+        return replace(index, faults=(*index.faults, *faults))
     return index
 
 
@@ -99,11 +124,49 @@ def _check(shard: Path, index: ShardIndex, entry: Entry | None, size: int) -> No
             f"sha256 {index.sha256}, {index.size:,} bytes; expected {entry.sha256}, "
             f"{entry.bytes:,} bytes, as the manifest says"
         )
+    elif size < index.size and _rewritten(shard, index.size, index.sha256):
+        problem = (
+            f"an archive of {size:,} bytes that is not cut short; expected the {index.size:,} "
+            "bytes of its index"
+        )
+    elif (
+        entry
+        and size == index.size < entry.bytes
+        and not any(fault.kind == "truncated shard" for fault in index.faults)
+        and _rewritten(shard, entry.bytes, entry.sha256)
+    ):
+        problem = (
+            f"an archive of {size:,} bytes that is not cut short; expected {entry.bytes:,} bytes, "
+            "as the manifest says"
+        )
     if problem:
         raise ShardError(
-            f"{shard}: changed since indexed: found {problem}: copy it again, or if it is meant "
-            f"to be so, run 'bridges shards index {shard.parent} --overwrite true'"
+            f"{shard}: changed since indexed: found {problem}: copy or write the shards again, or "
+            "if they are meant to be so, run 'bridges shards index "
+            f"{shard.parent} --overwrite true'"
         )
+
+
+def _rewritten(shard: Path, size: int, sha256: str) -> bool:
+    """Whether a shard that is shorter than it was is another one, and not what is left of it."""
+    if not shard.is_file():  # a remote one, whose index is of another
+        return True
+    with shard.open("rb") as file:
+        found = file.seek(0, os.SEEK_END)
+        file.seek(max(0, found - _END))
+        if file.read() != bytes(_END):
+            return False
+        if any(fault.kind == "truncated shard" for fault in scan_shard(shard).faults):
+            return False  # cut within a picture of zeros
+        if size - found > _MAX_PADDING:
+            return True
+        # Of the zeros after the mark of the end, some may be cut off, and nothing is lost.
+        file.seek(0)
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    digest.update(bytes(size - found))
+    return digest.hexdigest() != sha256
 
 
 def _cut(index: ShardIndex, size: int) -> ShardIndex:
@@ -124,15 +187,3 @@ def _cut(index: ShardIndex, size: int) -> ShardIndex:
         keys=index.keys[:kept],
         faults=(*index.faults, *(lost or [Fault("truncated shard", None, problem)])),
     )
-
-
-@contextlib.contextmanager
-def _lock(shard: Path) -> Iterator[None]:
-    # In the cache: a folder of shards may be read-only. Without any lock, each rank scans.
-    name = hashlib.sha256(str(shard.absolute()).encode("utf-8", "surrogateescape")).hexdigest()
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            locks = cache_dir() / "locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(locks / f"{name[:32]}.lock"))
-        yield

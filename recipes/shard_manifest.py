@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bridges.files import write_json
@@ -16,6 +18,7 @@ from recipes.shard_scan import ShardIndex
 MANIFEST = "shards.json"
 _FORMAT = 1
 _SPLIT = re.compile(r"(.+?)[-_.]?\d+\.tar")
+_NUMBER = re.compile(r"\d+\.tar")
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,44 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, index: ShardIndex, split: str | None = None) -> Entry:
-        """Describes a shard; its split is what stands before the number in its name."""
+        """Describes a shard; its split is what stands before the number in its name.
+
+        Names that are numbers, as img2dataset gives them, are of one split, ``shards``.
+        """
         match = _SPLIT.fullmatch(name)
         found = match[1] if match else Path(name).stem
+        if _NUMBER.fullmatch(name):
+            found = "shards"
         return cls(name, split or found, index.size, index.sha256, len(index), index.keys_sha256)
 
 
-def read_manifest(folder: Path) -> dict[str, Entry] | None:
+def read_manifest(folder: Path) -> Mapping[str, Entry] | None:
     """Name -> entry of the shards that a folder's manifest lists; None if it has no manifest.
 
     Raises:
         ShardError: a manifest that cannot be read, or of a newer version.
     """
-    content = _read(folder)
-    if "shards" not in content:
-        return None
     path = folder / MANIFEST
     try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, f"no readable file ({error})") from error
+    return _entries(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+# It is asked for with every shard, and one of 10,000 takes a tenth of a second to read.
+@lru_cache(maxsize=16)
+def _entries(path: Path, version: tuple[int, ...]) -> Mapping[str, Entry] | None:
+    content = _read(path.parent)
+    if "shards" not in content:
+        return None
+    try:
         entries = [_entry(entry) for entry in content["shards"]]
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise _unreadable(path, f"an entry that does not describe a shard ({error})") from error
-    return {entry.name: entry for entry in entries}
+    return MappingProxyType({entry.name: entry for entry in entries})
 
 
 def write_manifest(
@@ -126,12 +146,16 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _entry(found: Any) -> Entry:
+    size, samples = found["bytes"], found["samples"]
+    # A sample has a header of 512 bytes at least.
+    if type(size) is not int or type(samples) is not int or not 0 <= samples <= size // 512:
+        raise ValueError(f"{samples!r:.99} samples in {size!r:.99} bytes")
     entry = Entry(
         str(found["name"]),
         str(found["split"]),
-        int(found["bytes"]),
+        size,
         str(found["sha256"]),
-        int(found["samples"]),
+        samples,
         None if found.get("keys_sha256") is None else str(found["keys_sha256"]),
     )
     if Path(entry.name).name != entry.name or "\\" in entry.name:

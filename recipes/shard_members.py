@@ -137,15 +137,19 @@ class TarReader:
         if len(block) < BLOCK:
             return self._truncated(offset, bytes(1))
         lone = any(block)
+        zeros = True
         while len(block) == BLOCK:
             if _header(block):
                 self._held.append(block)
                 break
+            zeros = zeros and not any(block)
             block = self._read(BLOCK)
         self._ended = not self._held
         if self._ended and not lone:
             return None
         problem = f"zeros at byte {offset:,} in the place of a header, yet more follows"
+        if zeros and not lone:
+            problem = f"the archive ends at byte {offset:,}, yet a second archive follows"
         return Damage("damaged header", offset, bytes(BLOCK), b"", problem)
 
     def _resynchronise(self, offset: int, damaged: bytes, problem: str) -> Damage:
@@ -183,8 +187,19 @@ class TarReader:
     def _member(self, offset: int, head: bytes, info: tarfile.TarInfo) -> Member | Damage:
         if info.size < 0:
             return self._resynchronise(offset, head[-BLOCK:], "a negative size in the header")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            block = head[-BLOCK:]
+            more = block[482]
+            while more:  # the rest of its map, which the size does not count
+                block = self._read(BLOCK)
+                head += block
+                if len(block) < BLOCK:
+                    return self._truncated(offset, head[:BLOCK])
+                if len(head) > _MAX_EXTENSION_BYTES:
+                    return self._resynchronise(offset, block, "too large a map of a sparse file")
+                more = block[504]
         plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-        plain = plain and not (info.sparse or any(key[:4] == "GNU." for key in info.pax_headers))
+        plain = plain and not any(key.startswith("GNU.") for key in info.pax_headers)
         # What a link or a folder states as its size does not follow it; see tarfile.
         has_payload = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         return Member(
@@ -201,6 +216,7 @@ class TarReader:
     def _extended(self, offset: int, block: bytes, info: tarfile.TarInfo) -> Member | Damage:
         """A member with headers before its own, for a long name or one that is not ASCII."""
         head = b""
+        fields: dict[bytes, bytes] = {}
         for _ in range(_MAX_EXTENSIONS):
             if not 0 <= info.size <= _MAX_EXTENSION_BYTES - len(head):
                 break
@@ -209,9 +225,12 @@ class TarReader:
                 return self._truncated(offset, block)
             head += block + payload
             records = payload[: info.size]
-            broken = info.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK) and (
-                not _is_pax(records)
-            )
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                found = {b"path": records.split(b"\0")[0]}
+            else:
+                found = {} if info.type == tarfile.GNUTYPE_LONGLINK else _pax(records)
+            broken = found is None
+            fields |= found or {}
             block = self._read(BLOCK)
             if len(block) < BLOCK:
                 return self._truncated(offset, block)
@@ -222,14 +241,26 @@ class TarReader:
                 return self._pass_over(offset, block, following, "a damaged extended header")
             info = following
             if info.type not in _EXTENSIONS:
-                return self._joined(offset, head, block, info)
+                return self._joined(offset, head, block, info, fields)
         return self._resynchronise(offset, block, "too many or too large extended headers")
 
     def _joined(
-        self, offset: int, head: bytes, block: bytes, info: tarfile.TarInfo
+        self,
+        offset: int,
+        head: bytes,
+        block: bytes,
+        info: tarfile.TarInfo,
+        fields: dict[bytes, bytes],
     ) -> Member | Damage:
-        if info.type == tarfile.GNUTYPE_SPARSE or b"GNU.sparse" in head:
-            return self._member(offset, head + block, info)  # tarfile would read on for its map
+        sparse = any(name.startswith(b"GNU.sparse.") for name in fields)
+        if info.type == tarfile.GNUTYPE_SPARSE or sparse:  # tarfile would read on for its map
+            name = fields.get(b"GNU.sparse.name") or fields.get(b"path")
+            if name:
+                info.name = name.decode("utf-8", "surrogateescape")
+            if re.fullmatch(rb"\d{1,18}", fields.get(b"size", b"")):
+                info.size = int(fields[b"size"])
+            info.pax_headers = {"GNU.sparse": ""} if sparse else {}
+            return self._member(offset, head + block, info)
         try:
             with tarfile.open(
                 fileobj=io.BytesIO(head + block),
@@ -270,15 +301,16 @@ def _is_long_name(block: bytes) -> bool:
     return block[156:157] in _LONG_NAMES or block.startswith(b"././@") or b"PaxHeader" in block
 
 
-def _is_pax(records: bytes) -> bool:
-    """Whether all of it is records: of one that is not, tarfile would drop this and the rest."""
-    at = 0
-    while match := re.compile(rb"(\d{1,7}) [^=\n]+=").match(records, at):
+def _pax(records: bytes) -> dict[bytes, bytes] | None:
+    """The records by name; None if there is more: tarfile would drop that and what follows."""
+    at, found = 0, {}
+    while match := re.compile(rb"(\d{1,7}) ([^=\n]+)=").match(records, at):
         end = at + int(match[1])
         if end < match.end() + 1 or records[end - 1 : end] != b"\n":
-            return False
+            return None
+        found[match[2]] = records[match.end() : end - 1]
         at = end
-    return at == len(records)
+    return found if at == len(records) else None
 
 
 def _padded(size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from webdataset.tariterators import base_plus_ext
 
 from recipes.shard_faults import Fault, read_name
 from recipes.shard_files import ShardError
-from recipes.shard_members import BLOCK, Damage, Member, TarReader, checksum_holds
+from recipes.shard_groups import Break, Group, owns
+from recipes.shard_members import BLOCK, Damage, Member, TarReader
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -25,7 +26,10 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 # A crafted shard may have one every 512 bytes.
-_MAX_FAULTS = 10_000
+MAX_FAULTS = 10_000
+"""Faults listed of one shard."""
+
+_MAX_MEMBERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -114,40 +118,12 @@ def scan_shard(shard: Path) -> ShardIndex:
     return samples.index(reader)
 
 
-@dataclass(eq=False)
-class _Group:
-    """Members side by side that have the same key."""
-
-    key: str
-    offset: int
-    end: int = 0
-    checksum: int = 0
-    fault: Fault | None = None
-    members: list[tuple[int, int, str]] = field(default_factory=list)
-    row: int | None = None
-
-    def has(self, extension: str) -> bool:
-        return any(extension == other for _, _, other in self.members)
-
-    def extensions(self) -> frozenset[str]:
-        return frozenset(extension for _, _, extension in self.members)
-
-
-@dataclass(eq=False)
-class _Break:
-    """Damage, and the samples on both sides of it."""
-
-    damage: Damage
-    before: _Group | None
-    after: _Group | None = None
-
-
 class _Samples:
     def __init__(self) -> None:
-        self._open: _Group | None = None
+        self._open: Group | None = None
         self._hasher = xxhash.xxh3_64()
-        self._breaks: list[_Break] = []
-        self._waiting: list[_Break] = []
+        self._breaks: list[Break] = []
+        self._waiting: list[Break] = []
         self._faults: list[tuple[int, Fault]] = []
         self._more_faults = 0
         self._seen: set[str] = set()
@@ -160,8 +136,8 @@ class _Samples:
 
     def add(self, found: Member | Damage, reader: TarReader) -> None:
         if isinstance(found, Damage):
-            place = _Break(found, self._open)
-            if len(self._breaks) < _MAX_FAULTS:
+            place = Break(found, self._open)
+            if len(self._breaks) < MAX_FAULTS:
                 self._breaks.append(place)
                 self._waiting.append(place)
             else:
@@ -186,14 +162,18 @@ class _Samples:
             group.end = found.end
             group.checksum = self._hasher.intdigest()
 
-    def _group(self, key: str, extension: str, member: Member, fault: Fault | None) -> _Group:
-        group = self._open
-        if group is None or key != group.key or group.has(extension):
+    def _group(self, key: str, extension: str, member: Member, fault: Fault | None) -> Group:
+        group = before = self._open
+        if group is None or key != group.key or extension in group.members:
             self._close()
-            group = self._open = _Group(key, member.offset)
+            group = self._open = Group(key, member.offset)
             self._hasher.reset()
             if key in self._seen:
                 problem = f"the key comes again at byte {member.offset:,}; its first sample stays"
+                if before is None or before.key != key:
+                    problem += (
+                        ": a sample's members must stand side by side: write with tar --sort=name"
+                    )
                 group.fault = Fault("duplicate key", key, problem)
             self._seen.add(key)
         for place in self._waiting:
@@ -202,7 +182,11 @@ class _Samples:
             place.after = group
         self._waiting.clear()
         group.fault = group.fault or fault
-        group.members.append((member.start, member.size, extension))
+        if len(group.members) < _MAX_MEMBERS:
+            group.members[extension] = (member.start, member.size)
+        elif group.fault is None:
+            problem = f"it has more than {_MAX_MEMBERS:,} members"
+            group.fault = Fault("refused member", key, problem)
         return group
 
     def _close(self) -> None:
@@ -216,13 +200,13 @@ class _Samples:
         self._keys.append(group.key)
         self._checksums.append(group.checksum)
         self._places.extend((group.offset, group.end, len(group.members)))
-        for start, size, extension in group.members:
+        for extension, (start, size) in group.members.items():
             number = self._names.setdefault(extension, len(self._names))
             self._members.extend((start, size, number))
-        self._forms[group.extensions()] += 1
+        self._forms[group.form] += 1
 
     def _fault(self, offset: int, fault: Fault) -> None:
-        if len(self._faults) < _MAX_FAULTS:
+        if len(self._faults) < MAX_FAULTS:
             self._faults.append((offset, fault))
         else:
             self._more_faults += 1
@@ -230,8 +214,9 @@ class _Samples:
     def index(self, reader: TarReader) -> ShardIndex:
         self._close()
         lost: set[int] = set()
+        usual = max(self._forms, key=lambda form: self._forms[form], default=None)
         for place in self._breaks:
-            lost |= self._resolve(place)
+            lost |= self._resolve(place, usual)
         if self._more_faults:
             problem = f"{self._more_faults:,} more faults, not listed"
             self._faults.append((reader.position, Fault("damaged header", None, problem)))
@@ -256,7 +241,7 @@ class _Samples:
             faults=tuple(fault for _, fault in sorted(self._faults, key=lambda found: found[0])),
         )
 
-    def _resolve(self, place: _Break) -> set[int]:
+    def _resolve(self, place: Break, usual: frozenset[str] | None) -> set[int]:
         """Names the sample that lost a member to damage; its row, if it counted as good."""
         damage = place.damage
         sides = [side for side in (place.before, place.after) if side is not None]
@@ -264,11 +249,10 @@ class _Samples:
             return set()  # in its midst: known when the next member came
         victims = []
         if damage.name is not None:
-            usual = max(self._forms, key=lambda form: self._forms[form], default=None)
-            named = [side for side in sides if _owns(side, damage)]
+            named = [side for side in sides if owns(side, damage)]
             # Where nothing says whose it was, a sample that has what the others have is whole.
-            lacking = [side for side in sides if side.extensions() != usual]
-            mended = [side for side in sides if _owns(side, damage, mended=True)]
+            lacking = [side for side in sides if side.form != usual]
+            mended = [side for side in sides if owns(side, damage, mended=True)]
             both = [side for side in mended if side in lacking]
             victims = named or both or lacking or mended
         lost = set()
@@ -283,26 +267,3 @@ class _Samples:
             key = None if key in self._seen or len(name) == 100 or b"?" in name else key
             self._fault(damage.offset, Fault(damage.kind, key, damage.problem))
         return lost
-
-
-def _owns(group: _Group, damage: Damage, mended: bool = False) -> bool:
-    """Whether a damaged header was of this sample, by what is left of its name.
-
-    Args:
-        group: the sample.
-        damage: the header.
-        mended: ask whether the header's checksum would hold with the sample's name in it. It is a
-            sum, and so may hold with a neighbour's name, too.
-    """
-    name = damage.name or b""
-    for encoded in (f"{group.key}.".encode(), f"{group.key}.".encode("ascii", "replace")):
-        extension = name[len(encoded) :].decode("utf-8", "replace").lower()
-        if not name or group.has(extension):
-            continue
-        if mended:
-            found = len(encoded) < 100 and checksum_holds(encoded + damage.block[len(encoded) :])
-        else:
-            found = name.startswith(encoded[: len(name)] if len(name) == 100 else encoded)
-        if found:
-            return True
-    return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,26 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + INDEX_SUFFIX)
 
 
+def cached_indexes() -> Path:
+    """The folder of the indexes of shards whose own folder cannot be written."""
+    return cache_dir() / "indexes"
+
+
 def _cached_path(shard: Path) -> Path:
-    name = hashlib.sha256(str(shard.absolute()).encode("utf-8", "surrogateescape")).hexdigest()
-    return cache_dir() / "indexes" / f"{name[:32]}.index"
+    return cached_indexes() / f"{_name(shard)}.index"
+
+
+def _name(path: Path) -> str:
+    absolute = str(path.absolute()).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(absolute).hexdigest()[:32]
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file of what is kept about a shard, or about a folder of them.
+
+    In the cache: a folder of shards may be read-only.
+    """
+    return cache_dir() / "locks" / f"{_name(path)}.lock"
 
 
 def save_index(index: ShardIndex, shard: Path) -> None:
@@ -51,19 +70,39 @@ def save_index(index: ShardIndex, shard: Path) -> None:
 
 
 def load_index(shard: Path) -> ShardIndex | None:
-    """A shard's index; None if there is none, or one that is damaged or of another format."""
+    """A shard's index; None if there is none, or one that is damaged or of another format.
+
+    Of two, it is the one of a shard of this size, of two such the newer: in a folder that cannot be
+    written an old one may stand beside the shard.
+    """
+    found: list[tuple[bool, int, ShardIndex]] = []
+    size = None
+    with contextlib.suppress(OSError):
+        size = shard.stat().st_size
     for path in (index_path(shard), _cached_path(shard)):
-        try:
-            return _load(path)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
-            continue
-    return None
+        # Whatever a crafted file makes the libraries raise, it is no index.
+        with contextlib.suppress(Exception):
+            index = _load(path)
+            found.append((index.size == size, path.stat().st_mtime_ns, index))
+    if not any(fits for fits, _, _ in found):
+        return found[0][2] if found else None
+    return max(found, key=lambda one: one[:2])[2]
 
 
 def drop_index(shard: Path) -> None:
-    """Forgets a shard's index."""
-    for path in (index_path(shard), _cached_path(shard)):
-        path.unlink(missing_ok=True)
+    """Forgets a shard's index.
+
+    Raises:
+        OSError: there is one that cannot be removed.
+    """
+    with contextlib.suppress(OSError):
+        _cached_path(shard).unlink()
+    beside = index_path(shard)
+    try:
+        beside.unlink(missing_ok=True)
+    except OSError:
+        if beside.is_file():
+            raise
 
 
 def _load(path: Path) -> ShardIndex:
@@ -97,18 +136,22 @@ def _consistent(index: ShardIndex) -> bool:
         wanted = np.uint64 if name == "checksums" else np.int64
         if array.shape != (length,) or array.dtype != wanted:
             return False
-    texts = (*index.names, *index.keys, *(fault.kind for fault in index.faults))
-    if not all(isinstance(text, str) for text in (*texts, index.sha256)):
+    faults = [(fault.kind, fault.key or "", fault.problem) for fault in index.faults]
+    texts = (*index.names, *index.keys, *(text for fault in faults for text in fault))
+    if not all(isinstance(text, str) for text in texts) or type(index.size) is not int:
         return False
-    if not isinstance(index.size, int) or len(set(index.keys)) != n:
+    "".join(texts).encode()  # JSON may hold halves of surrogate pairs
+    if not re.fullmatch("[0-9a-f]{64}", index.sha256) or len(set(index.keys)) != n:
         return False
-    counts = np.diff(index.members)
-    if index.members[0] != 0 or index.members[-1] != m or (counts < 1).any():
+    # Compared, not subtracted: that may overflow.
+    members = index.members
+    if members[0] != 0 or members[-1] != m or (members[1:] <= members[:-1]).any():
         return False
+    counts = np.diff(members)
     starts, sizes = index.starts, index.sizes
     bounds = np.stack([index.offsets, index.ends], axis=1).ravel()
     ordered = bounds.size == 0 or (bounds[0] >= 0 and bounds[-1] <= index.size)
-    ordered = ordered and (np.diff(bounds) >= 0).all()
+    ordered = ordered and (bounds[1:] >= bounds[:-1]).all()
     within = (starts >= np.repeat(index.offsets, counts)) & (sizes >= 0)
     within &= sizes <= np.repeat(index.ends, counts) - starts
     known = (index.extensions >= 0) & (index.extensions < len(index.names))

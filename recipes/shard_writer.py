@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -18,18 +19,19 @@ from typing import IO, Any
 
 from webdataset.writer import TarWriter
 
-from bridges.files import sync_folder
+from bridges.files import claimed, remove_orphans, sync_folder
+from recipes.locks import locked
 from recipes.samples import MEMBERS, is_member
-from recipes.shard_files import ShardError
-from recipes.shard_manifest import MANIFEST, Entry, manifest_extra, read_manifest, write_manifest
+from recipes.shard_faults import is_key
+from recipes.shard_files import ShardError, tars_in
+from recipes.shard_manifest import Entry, manifest_extra, read_manifest, write_manifest
 from recipes.shard_scan import ShardIndex, scan_shard
-from recipes.shard_store import drop_index, save_index
+from recipes.shard_store import drop_index, lock_of, save_index
 
-# No dots: what follows the first is the extension. Shards are copied too (see the feature cache),
-# so whatever other keys webdataset reads are keys here.
-_KEY = re.compile(r"[^./\\\0][^.\\\0]*")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
+# Not what `remove_orphans` takes: a lock on each would need as many open files as there are shards.
+_TEMPORARY = re.compile(r"\.([0-9a-f]{8})\..+\.tar\.partial")
 
 
 def write_shards(
@@ -43,7 +45,7 @@ def write_shards(
     """Writes ``out/split-000000.tar`` and on; all of them, or on any failure none.
 
     Args:
-        samples: Each with ``__key__`` (without dots; unique) and its
+        samples: Each with ``__key__`` (see `is_key`; unique) and its
             members: bytes for jpg, jpeg, png, webp, 0.jpg (and other numbered pictures), mp4,
             npy; a string for txt; a dict for json.
         out: The folder; made when it does not exist.
@@ -74,17 +76,12 @@ class ShardSet:
         self.keys: set[str] = set()
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; expected a folder for the shards: name another")
-        found = sorted(out.glob("*.tar")) if out.exists() else []
-        self._only = only
-        self._replaced = [shard for shard in found if self._replaces(shard.name)]
-        if self._replaced and not overwrite:
-            raise ValueError(
-                f"{out} already holds {len(self._replaced)} shards, e.g. "
-                f"{self._replaced[0].name}; expected none: name another folder, or give "
-                "--overwrite true"
-            )
+        self._only, self._overwrite = only, overwrite
+        self._replaced()
         self._made_out = not out.exists()
         self._shards: dict[str, list[_TarFile]] = {}
+        self._token = ""
+        self._claim = contextlib.ExitStack()
 
     def __enter__(self) -> ShardSet:
         return self
@@ -98,6 +95,7 @@ class ShardSet:
         """Removes whatever `commit` has not renamed."""
         for shard in (shard for shards in self._shards.values() for shard in shards):
             shard.discard()
+        self._claim.close()
         if self._made_out and self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
 
@@ -121,11 +119,17 @@ class ShardSet:
                 shards[-1].close()
             elif not SPLIT_NAME.fullmatch(split):
                 raise ValueError(f"split is {split!r}; expected letters, digits and _")
-            shards.append(_TarFile(self.out, f"{split}-{len(shards):06d}.tar"))
+            if not self._token:
+                self.out.mkdir(parents=True, exist_ok=True)
+                _remove_orphans(self.out)
+                self._token, self._claim = _claim(self.out)
+            shards.append(_TarFile(self.out, f"{split}-{len(shards):06d}.tar", self._token))
         shards[-1].write(encoded)
 
     def commit(self, manifest: Mapping[str, Any] | None = None) -> list[Entry]:
-        """Renames every shard into place, then writes their indexes and the manifest.
+        """Writes the manifest, renames every shard into place, then writes their indexes.
+
+        What a kill leaves of it contradicts the manifest, and so is refused when it is read.
 
         Args:
             manifest: What it says beside the shards; None keeps what an old one says.
@@ -139,27 +143,40 @@ class ShardSet:
                 shard.close()
                 index = indexes[self.out / shard.name] = scan_shard(shard.temporary)
                 written[shard.name] = Entry.of(shard.name, index, split)
-        kept = self._kept()
-        extra = manifest_extra(self.out) if manifest is None else manifest
-        # From here on an old manifest or index would describe shards that are gone.
-        (self.out / MANIFEST).unlink(missing_ok=True)
-        for old in self._replaced:
-            drop_index(old)
-        for shards in self._shards.values():
-            for shard in shards:
-                os.replace(shard.temporary, self.out / shard.name)
-        for old in self._replaced:
-            if old.name not in written:
+        with locked(lock_of(self.out)):
+            replaced = self._replaced()  # another writer may have come before this one
+            listed = [*self._kept(), *written.values()]
+            extra = manifest_extra(self.out) if manifest is None else manifest
+            surplus = [old for old in replaced if old.name not in written]
+            # Listed as what they are not, or they would be read as part of the new set.
+            refused = [Entry(old.name, _split(old.name), 0, "0" * 64, 0) for old in surplus]
+            write_manifest(self.out, [*listed, *refused], extra)
+            for old in replaced:
+                drop_index(old)
+            for shards in self._shards.values():
+                for shard in shards:
+                    os.replace(shard.temporary, self.out / shard.name)
+            for old in surplus:
                 old.unlink()
-        for path, index in indexes.items():
-            save_index(index, path)
-        write_manifest(self.out, [*kept, *written.values()], extra)
-        sync_folder(self.out)
+            for path, index in indexes.items():
+                save_index(index, path)
+            if surplus:
+                write_manifest(self.out, listed, extra)
+            sync_folder(self.out)
         return list(written.values())
 
+    def _replaced(self) -> list[Path]:
+        """The shards in the place of which these come."""
+        found = [shard for shard in tars_in(self.out) if self._replaces(shard.name)]
+        if found and not self._overwrite:
+            raise ValueError(
+                f"{self.out} already holds {len(found)} shards, e.g. {found[0].name}; expected "
+                "none: name another folder, or give --overwrite true"
+            )
+        return found
+
     def _replaces(self, name: str) -> bool:
-        split = name[: -len("-000000.tar")]
-        return _SHARD_NAME.fullmatch(name) is not None and self._only in (None, split)
+        return _SHARD_NAME.fullmatch(name) is not None and self._only in (None, _split(name))
 
     def _kept(self) -> list[Entry]:
         """What the manifest says of the shards that stay."""
@@ -170,13 +187,42 @@ class ShardSet:
         return [entry for entry in found.values() if not self._replaces(entry.name)]
 
 
+def _split(name: str) -> str:
+    return name[: -len("-000000.tar")]
+
+
+def _claim(out: Path) -> tuple[str, contextlib.ExitStack]:
+    """A name for a writer's temporary files, and the file, locked, that says that it lives."""
+    while True:
+        token = secrets.token_hex(4)
+        path = _claim_path(out, token)
+        with contextlib.ExitStack() as stack:
+            stack.callback(path.unlink, missing_ok=True)
+            stack.enter_context(claimed(path))
+            stack.enter_context(path.open("ab"))
+            if path.exists():  # nobody took it for an orphan before it was locked
+                return token, stack.pop_all()
+
+
+def _claim_path(out: Path, token: str) -> Path:
+    return out / f".shards.{token}.partial"
+
+
+def _remove_orphans(out: Path) -> None:
+    """Removes the shards that killed writers left under temporary names."""
+    remove_orphans(out)
+    for path in out.glob(".*.tar.partial"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _claim_path(out, match[1]).exists():
+            path.unlink(missing_ok=True)
+
+
 class _TarFile:
     """One shard under its temporary name, in the folder it will stay in."""
 
-    def __init__(self, out: Path, name: str) -> None:
-        out.mkdir(parents=True, exist_ok=True)
+    def __init__(self, out: Path, name: str, token: str) -> None:
         self.name, self.samples = name, 0
-        self.temporary = out / f".{name}.partial"
+        self.temporary = out / f".{token}.{name}.partial"
         self._file: IO[bytes] = self.temporary.open("wb")
         # Time and owner fixed, or the same samples would give other bytes; encoder=False, or
         # webdataset would pickle some types; pax, for names above 100 bytes.
@@ -210,10 +256,11 @@ def encode_sample(sample: Mapping[str, str | bytes | dict[str, Any]]) -> dict[st
         ValueError: a bad key, or a member that `write_shards` does not take.
     """
     key = sample.get("__key__")
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
+    if not isinstance(key, str) or not is_key(key):
         raise ValueError(
-            f"the key {key!r} of a sample; expected text without dots and backslashes, "
-            f"not beginning with a slash"
+            f"the key {key!r} of a sample; expected a path within the shard, e.g. 00000 or a/0: "
+            "without dots in its last part, '..', backslashes and control characters, not "
+            "beginning with a slash, of 1,000 bytes at most"
         )
     return {"__key__": key, **_encode(key, sample)}
 

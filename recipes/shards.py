@@ -21,6 +21,7 @@ from rich.text import Text
 
 from bridges.images import ImageError, open_image
 from recipes.captions_files import CaptionRow, read_captions, scan_folder
+from recipes.samples import text_problem
 from recipes.shard_manifest import Entry
 from recipes.shard_writer import SPLIT_NAME, ShardSet
 
@@ -189,6 +190,8 @@ def _problem(row: CaptionRow, name: str, caption: str, picture: _Picture | None)
         return "image in two splits"
     if picture and caption in picture.captions:
         return "duplicate caption"
+    if found := text_problem(caption):
+        return found[0]
     return ""
 
 

@@ -8,6 +8,7 @@ beginning, gives the format: see docs/decisions/0014.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -22,16 +23,18 @@ from torch.utils.data import Dataset
 from recipes.bad_samples import BadSample, BadSamples
 from recipes.order import EpochOrder
 from recipes.remote import fetch_indexes
-from recipes.remote_cache import open_shard, prefetch
+from recipes.remote_cache import open_shard, prefetch, url_of
 from recipes.samples import MAX_SAMPLE_BYTES, MEMBERS, SampleError, is_member, size_limit
 from recipes.shard_files import ShardError, expand_shards
-from recipes.shard_index import Fault, ShardIndex, missing_shards, shard_indexes
+from recipes.shard_index import ShardIndex, each_index, missing_shards, shard_indexes
 
 _PASSED_OVER = frozenset(("cls",))
 _OPEN_FILES = 32
-_INDEXES = 256
+_INDEXES = 16
 _AHEAD = 2
+_UNREADABLE = (errno.EIO, errno.ESTALE)
 _TRIES = 100
+_WIDEST = 1_000_000
 _BETWEEN = 4 << 20  # headers, long names, and members that are no sample's
 
 T = TypeVar("T")
@@ -63,8 +66,8 @@ class ShardStream(Dataset[Read[T]]):
             it raises is a bad sample; any other exception a bug.
         seed: Of the order.
         shuffle: False gives the samples in the order of the shards, the same every epoch.
-        shuffle_buffer: Samples mixed with each other; it costs no memory, but the wider it is,
-            the farther apart are the places that are read together.
+        shuffle_buffer: Samples mixed with each other, at most a million: none of them is held in
+            memory, but the wider it is, the farther apart are the places that are read together.
         on_error: ``raise`` stops at a bad sample; ``skip`` counts it in `bad`, logs it, and lets
             another sample of the epoch, drawn by seed, epoch and position, stand in for it.
         max_bad_fraction: With ``skip``, what stops all the same: more bad samples than this, of
@@ -91,8 +94,11 @@ class ShardStream(Dataset[Read[T]]):
         super().__init__()
         if on_error not in ("skip", "raise"):
             raise ValueError(f"on_error is {on_error!r}; expected 'skip' or 'raise'")
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer is {shuffle_buffer}; expected at least 1")
+        if not 1 <= shuffle_buffer <= _WIDEST:
+            raise ValueError(
+                f"found shuffle_buffer: {shuffle_buffer:,}; expected 1 to {_WIDEST:,}: each worker "
+                "draws the order of so many samples at a time"
+            )
         self.shards = expand_shards(shards)
         self.decode = decode
         self.seed = seed
@@ -106,15 +112,23 @@ class ShardStream(Dataset[Read[T]]):
                 "true'"
             )
         fetch_indexes(self.shards, progress=progress)
-        indexes = shard_indexes(self.shards, progress=progress)
-        self._counts = [len(index) for index in indexes]
+        self._counts: list[int] = []
+        contents: list[str] = []
+        faults: list[BadSample] = []
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        for shard, index in enumerate(each_index(self.shards, progress=progress)):
+            self._counts.append(len(index))
+            contents.append(index.sha256)
+            faults += _faults(self.shards[shard], index)
+            if shard < _INDEXES:
+                self._indexes[shard] = index
+        self.contents = tuple(contents)
         self.total_samples = sum(self._counts)
-        self.bad = BadSamples(self.total_samples, max_bad_fraction)
-        self._take_faults(indexes)
+        self.bad = BadSamples(self.total_samples + len(faults), max_bad_fraction)
+        self._take_faults(faults)
         if not self.total_samples:
             raise ShardError(f"no samples in {len(self.shards)} shards, e.g. {self.shards[0]}")
-        self.contents = tuple(index.sha256 for index in indexes)
-        self._indexes = OrderedDict(list(enumerate(indexes))[:_INDEXES])
+        self._most_open = self._open_at_most()
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._buffer = bytearray()
         self.set_epoch(0)
@@ -202,12 +216,14 @@ class ShardStream(Dataset[Read[T]]):
         self.__dict__.update(state)
         self.set_epoch(self.epoch)
 
-    def _take_faults(self, indexes: Sequence[ShardIndex]) -> None:
-        found = [
-            BadSample(str(shard), fault.key, fault.kind, _named_fault(shard, fault), str(number))
-            for shard, index in zip(self.shards, indexes, strict=True)
-            for number, fault in enumerate(index.faults)
-        ]
+    def _open_at_most(self) -> int:
+        """Files kept open. A remote shard stays in the cache as long, whose room is bounded."""
+        if not any(map(url_of, self.shards)):
+            return _OPEN_FILES
+        per_shard = max(1, self.total_samples // len(self.shards))
+        return min(_OPEN_FILES, self._block // per_shard + 2)
+
+    def _take_faults(self, found: list[BadSample]) -> None:
         if found and self.on_error == "raise":
             named = "; ".join(f"{bad.kind}: {bad.problem}" for bad in found[:5])
             more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
@@ -215,8 +231,7 @@ class ShardStream(Dataset[Read[T]]):
                 f"found {len(found)} faults in {len(self.shards)} shards: {named}{more}; expected "
                 "none: copy or write the shards again, or read what is whole with on_error='skip'"
             )
-        self.bad.total += len(found)
-        self.bad.add(found)
+        self.bad.add_faults(found)
 
     def _item(self, shard: int, sample: int, passed: list[BadSample]) -> T:
         raw = self._raw(shard, sample)
@@ -262,7 +277,17 @@ class ShardStream(Dataset[Read[T]]):
                 f"{room:,}: rewrite it with smaller members, and without what lies between them",
                 kind="member too large",
             )
-        data = self._read(shard, start, end - start)
+        try:
+            data = self._read(shard, start, end - start)
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            self._files.pop(shard).close()
+            raise SampleError(
+                f"{path}: sample {key!r} at byte {start:,} cannot be read ({error}); expected a "
+                "sound disk: copy the shard elsewhere",
+                kind="unreadable bytes",
+            ) from error
         if xxhash.xxh3_64_intdigest(data) != int(index.checksums[sample]):
             raise SampleError(
                 f"{path}: sample {key!r}: its {end - start:,} bytes from byte {start:,} on are not "
@@ -282,7 +307,7 @@ class ShardStream(Dataset[Read[T]]):
         index = self._indexes.pop(shard, None)
         if index is None:
             index = shard_indexes([self.shards[shard]])[0]
-            if len(index) != self._counts[shard]:
+            if (len(index), index.sha256) != (self._counts[shard], self.contents[shard]):
                 raise ShardError(f"{self.shards[shard]} has changed while in use; start again")
         self._indexes[shard] = index
         if len(self._indexes) > _INDEXES:
@@ -297,18 +322,23 @@ class ShardStream(Dataset[Read[T]]):
             ahead = self._order.following(shard, _AHEAD)
             prefetch([self.shards[index] for index in ahead])
         self._files[shard] = file
-        if len(self._files) > _OPEN_FILES:
+        if len(self._files) > self._most_open:
             self._files.popitem(last=False)[1].close()
         if len(self._buffer) < length:
             self._buffer = bytearray(length)
         data = memoryview(self._buffer)[:length]
         # No mapping: a file that is cut off while it is mapped would end the process.
-        if hasattr(os, "preadv"):
-            # A forked worker shares the file's position with its parent, so none is moved.
-            found = os.preadv(file.fileno(), [data], start)
-        else:
-            file.seek(start)
-            found = cast(io.RawIOBase, file).readinto(data) or 0
+        found = 0
+        while found < length:  # network file systems give less than was asked for
+            if hasattr(os, "preadv"):
+                # A forked worker shares the file's position with its parent, so none is moved.
+                more = os.preadv(file.fileno(), [data[found:]], start + found)
+            else:
+                file.seek(start + found)
+                more = cast(io.RawIOBase, file).readinto(data[found:])
+            if not more:
+                break
+            found += more
         return data[:found]
 
     def _named(self, error: SampleError, shard: int, sample: int) -> BadSample:
@@ -320,6 +350,10 @@ class ShardStream(Dataset[Read[T]]):
             file.close()
 
 
-def _named_fault(shard: Path, fault: Fault) -> str:
-    sample = "" if fault.key is None else f" sample {fault.key!r}:"
-    return f"{shard}:{sample} {fault.problem}"
+def _faults(shard: Path, index: ShardIndex) -> list[BadSample]:
+    found = []
+    for number, fault in enumerate(index.faults):
+        sample = "" if fault.key is None else f" sample {fault.key!r}:"
+        problem = f"{shard}:{sample} {fault.problem}"
+        found.append(BadSample(str(shard), fault.key, fault.kind, problem, str(number)))
+    return found

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.callbacks import RichModelSummary
+from lightning.pytorch.callbacks import Callback, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from bridges.files import remove_orphans
@@ -24,6 +27,7 @@ from recipes.checkpoints import LAST, AtomicCheckpointIO, LastCheckpoint, read_c
 from recipes.data import split_shards
 from recipes.finite import SkipNonFinite
 from recipes.gates import GateRecorder
+from recipes.locks import claim_run
 from recipes.mixture import MixtureData, sources_of
 from recipes.progress import StepProgressBar, Throughput
 from recipes.recording import RunRecorder
@@ -113,7 +117,8 @@ class TrainCLI(LightningCLI):
         # One CSV for each start: Lightning's logger empties a folder that holds a log already.
         starts = len(list(folder.glob(CSV_LOGS)))
         kwargs["logger"] = [
-            CSVLogger(folder, name="", version=f"csv-{starts}"),
+            # Written at once: what is kept back is lost when the run is killed.
+            CSVLogger(folder, name="", version=f"csv-{starts}", flush_logs_every_n_steps=1),
             TensorBoardLogger(folder, name="", version="tensorboard"),
         ]
         instantiated: Any = self.config_init
@@ -130,6 +135,7 @@ class TrainCLI(LightningCLI):
             Throughput(),
             GateRecorder(folder),
             skips,
+            EndAllRanks(),
             LastCheckpoint(folder / LAST, config.checkpoint_every),
             RunRecorder(folder, config.as_dict(), dumped, skips),
         ]
@@ -138,6 +144,20 @@ class TrainCLI(LightningCLI):
         # The stream's order belongs to an epoch, so that its loader is made anew for each.
         kwargs["reload_dataloaders_every_n_epochs"] = 1
         return super().instantiate_trainer(**kwargs)
+
+
+class EndAllRanks(Callback):
+    """Where the first rank fails, ends the processes that Lightning started for the others.
+
+    They would wait for it, and hold their GPUs, until their collective's time is up: Lightning
+    ends them on Ctrl-C alone.
+    """
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        """Ends them, if there are any."""
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and trainer.is_global_zero:
+            launcher.kill(signal.SIGTERM)
 
 
 UNHELPFUL_WARNINGS = (
@@ -159,7 +179,8 @@ def train(arguments: Sequence[str]) -> Path:
 
 def _train(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
     torch.set_float32_matmul_precision("medium")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for chatter in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{chatter}").setLevel(logging.WARNING)
     # Lightning's CLI still calls what jsonargparse has renamed; a user can do nothing about it.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     with warnings.catch_warnings():
@@ -202,7 +223,8 @@ def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
     module.vision.to(trainer.strategy.root_device)
     collator = module.collator if isinstance(data, MixtureData) else module.collator(data)
     data.connect(module.vision, collator, trainer.world_size)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    with claim_run(folder) if trainer.is_global_zero else nullcontext():
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return folder, module
 
 

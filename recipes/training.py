@@ -181,7 +181,10 @@ class BridgeModule(L.LightningModule, ABC):
         totals = [trainer.max_steps] if trainer.max_steps > 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            steps = math.ceil(data.batches_per_epoch() / trainer.accumulate_grad_batches)
+            batches, limit = data.batches_per_epoch(), trainer.limit_train_batches
+            some = isinstance(limit, float) and limit < 1
+            batches = int(batches * limit) if some else min(batches, limit)
+            steps = math.ceil(batches / trainer.accumulate_grad_batches)
             totals.append(steps * trainer.max_epochs)
         if not totals:
             raise ValueError(

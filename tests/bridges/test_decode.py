@@ -269,6 +269,17 @@ def test_bombs_are_refused_before_decoding(
         tracemalloc.stop()
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch):
+    data = png(photo(64, 64, 0), "JPEG", progressive=True)
+    at, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    bomb = data[:at] + data[at:end] * 100 + data[end:]
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for pixels in (derived(PREPROCESS["clip"]).pixels, ExactDecoder(PREPROCESS["clip"]).pixels):
+        with pytest.raises(ImageError, match="more than 100 scans"):
+            pixels(bomb)
+
+
 def test_two_headers_that_disagree_leave_it_to_pillow(monkeypatch: pytest.MonkeyPatch):
     data, fast = jpeg(photo(203, 311, 3)), derived(PREPROCESS["clip"])
     expected = fast(open_image(data))

@@ -7,8 +7,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from bridges.images import ImageError, TooNarrowError, open_image
+from bridges.images import ImageError, TooManyPixelsError, TooNarrowError, open_image
 
 # What Pillow must have done to a picture for the tag to undo it (the EXIF table, read backwards).
 STORED_AS = {
@@ -197,6 +198,66 @@ def test_a_narrow_picture_is_refused_before_decoding(size, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(TooNarrowError, match="at most 100 times the other"):
         open_image(data)
+
+
+def of_scans(count: int) -> bytes:
+    """A progressive JPEG of 256 grey pixels, its last scan repeated."""
+    data = encode(Image.new("L", (16, 16), 90), "JPEG", progressive=True)
+    assert data.count(b"\xff\xda") == 6
+    at, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:at] + data[at:end] * (count - 5) + data[end:]
+
+
+def tiff(data: bytes, *, compression: int, tile: tuple[int, int] | None = None) -> bytes:
+    """16×16 grey pixels as one strip, or one tile."""
+    tags = {256: 16, 257: 16, 258: 8, 259: compression, 262: 1, 277: 1}
+    places = {273: -1, 278: 16, 279: len(data)}
+    if tile:
+        places = {322: tile[0], 323: tile[1], 324: -1, 325: len(data)}
+    tags |= places
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = (
+        struct.pack("<HHII", tag, 4, 1, start if value < 0 else value)
+        for tag, value in sorted(tags.items())
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + b"".join(entries) + bytes(4) + data
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_decoding(tmp_path, monkeypatch):
+    """Each takes a pass over all pixels."""
+    path = tmp_path / "image"
+    assert open_image(of_scans(100)).size == (16, 16)
+    path.write_bytes(of_scans(101))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match="JPEG of more than 100 scans; expected a dozen"):
+            open_image(source)
+
+
+def test_what_only_looks_like_scans_is_none():
+    """Within a segment, or behind the picture, where phones put a film."""
+    data = encode(noise(16, 16), "JPEG")
+    segment = b"\xff\xe5" + (2 + 400).to_bytes(2, "big") + b"\xff\xda" * 200
+    np.testing.assert_array_equal(
+        pixels(data[:2] + segment + data[2:] + b"\xff\xda" * 200), pixels(data)
+    )
+
+
+def test_a_tiff_of_a_jpeg_of_many_scans_is_refused(capfd):
+    assert open_image(tiff(of_scans(50), compression=7)).size == (16, 16)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        open_image(tiff(of_scans(1000), compression=7))
+    assert "Scan number 100" in capfd.readouterr().err  # libtiff, by itself
+
+
+def test_a_tile_of_many_pixels_is_refused_before_decoding(monkeypatch):
+    data = zlib.compress(bytes([7]) * 32 * 16)
+    assert pixels(tiff(data, compression=8, tile=(32, 16)))[:, :].min() == 7
+    bomb = tiff(data, compression=8, tile=(4096, 4112))
+    monkeypatch.setattr(TiffImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(TooManyPixelsError, match="tiles of 4096×4112 = 16,842,752 pixels for a"):
+        open_image(bomb)
 
 
 def test_32_bit_samples_are_refused():

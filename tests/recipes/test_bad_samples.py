@@ -50,6 +50,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     second.keep(file, {"a.tar"})
     second.add([ONE, TWO])
     assert second.kinds == {"damaged header": 1, "empty image": 2}
+    assert read_bad_samples(file)[-1] == TWO
 
 
 def test_a_file_of_several_sources_counts_for_each_its_own(tmp_path):
@@ -77,6 +78,18 @@ def test_more_than_the_fraction_is_an_error(total, seen, met):
     bad.add(found[:-1], seen)
     with pytest.raises(ShardError, match=rf"found {met} bad among .* \({met} empty image\)"):
         bad.add(found[-1:])
+
+
+def test_faults_of_all_shards_are_weighed_against_all_samples():
+    faults = [BadSample("a.tar", str(n), "truncated shard", "") for n in range(95)]
+    counted(20_000, max_fraction=0.05).add_faults(faults)
+    with pytest.raises(ShardError, match="95 bad among 1,000 samples"):
+        counted(1000, max_fraction=0.05).add_faults(faults)
+
+
+def test_a_sample_with_several_bad_members_is_one_bad_sample():
+    both = [ONE, BadSample("a.tar", "1", "refused member", "a pickle")]
+    counted(10, max_fraction=0.1).add(both, 10)
 
 
 def test_the_first_of_many_samples_may_be_bad():

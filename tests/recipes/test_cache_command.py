@@ -1,6 +1,7 @@
 """`bridges cache`: the same set from any number of ranks, and a run that trains on it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,23 @@ def test_a_recipe_of_several_sources_gives_one(on_disk, tmp_path, capsys):
     assert "found --source None for the sources documents, pairs" in capsys.readouterr().err
     assert main(["cache", *options, "--source=pairs"]) == 0
     assert json.loads((tmp_path / "f" / FEATURES_FILE).read_text())["form"] == "single pictures"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("data: !!python/object/apply:os.mkdir [MARK]", "no recipe: could not determine"),
+        ("data: ${nothing}", "no recipe: .*nothing"),
+        ("data: {", "no recipe: while parsing"),
+        ("[1]", "found a list"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(tmp_path, capsys, content, found):
+    recipe, mark = tmp_path / "recipe.yaml", tmp_path / "mark"
+    recipe.write_text(content.replace("MARK", str(mark)))
+    assert main(["cache", f"--config={recipe}", f"--out={tmp_path / 'f'}"]) == 2
+    assert re.search(found, capsys.readouterr().err)
+    assert not mark.exists()
 
 
 def test_held_out_shards_of_another_folder_are_found_again(on_disk, tmp_path):

@@ -17,15 +17,19 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+import torch
+from safetensors.torch import load_file
 from yarl import URL
 
-from recipes import remote, remote_cache, remote_fetch, remote_room
+from bridges.run import WEIGHTS_FILE
+from recipes import cache_command, remote, remote_cache, remote_fetch, remote_room
 from recipes.remote import check_url, expand_url, fetch_indexes, is_remote_folder, is_url
 from recipes.remote_cache import open_shard, prefetch, url_of
 from recipes.shard_files import ShardError
 from recipes.shard_index import shard_indexes
 from recipes.shard_store import index_path, load_index
 from recipes.shard_writer import write_shards
+from recipes.train import train
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 
@@ -661,7 +665,7 @@ def test_no_connection_stays_open(server: Server, tmp_path: Path, monkeypatch: p
     with pytest.raises(ShardError, match="redirects"):
         open_shard(path)
     read(path)
-    assert len(sessions) == 3
+    assert len(sessions) == 4
     assert all(session.closed for session in sessions)
 
 
@@ -669,3 +673,20 @@ def test_no_connection_stays_open(server: Server, tmp_path: Path, monkeypatch: p
 def test_credentials_are_said_to_belong_elsewhere(url: str):
     with pytest.raises(ShardError, match=r"//…@.*holds credentials.*\.netrc"):
         check_url(url)
+
+
+def test_a_run_reads_shards_and_features_from_a_server(server: Server, on_disk, tmp_path: Path):
+    """The whole way, from `--data URL`, with nothing in the cache; as from the local folder."""
+    for folder in (on_disk.shards, tmp_path / "features"):
+        if folder != on_disk.shards:
+            arguments = on_disk.arguments(folder)
+            vision = [a for a in arguments if a.startswith("--model.vision")]
+            cache_command.main([*vision, f"--data={on_disk.shards}", f"--out={folder}"])
+        server.put(folder, at=f"/{folder.name}")
+        local = train(on_disk.arguments(tmp_path / f"local-{folder.name}", f"--data={folder}"))
+        url = f"{server.url}/{folder.name}/"
+        remote = train(on_disk.arguments(tmp_path / f"remote-{folder.name}", f"--data={url}"))
+        first, second = (load_file(run / WEIGHTS_FILE) for run in (local, remote))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    shards = [path for path in server.asked if path.endswith(".tar")]
+    assert shards and all(server.asked[path] == 1 for path in shards)

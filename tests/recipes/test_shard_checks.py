@@ -1,7 +1,9 @@
 """`bridges shards index` and `bridges shards verify`."""
 
+import errno
 import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from recipes.cli import main
 from recipes.shard_checks import index_shards, print_check, verify_shards
 from recipes.shard_index import scan_shard
 from recipes.shard_manifest import manifest_extra, read_manifest
-from recipes.shard_store import index_path, load_index
+from recipes.shard_store import drop_index, index_path, load_index
 from recipes.shard_writer import write_shards
 
 
@@ -158,10 +160,11 @@ def test_foreign_shards_get_an_index_and_a_manifest(tmp_path, capsys):
             add(tar, "2.txt", b"again")
     assert main(["shards", "verify", str(tmp_path)]) == 2
     assert "run 'bridges shards index" in capsys.readouterr().err
-    assert main(["shards", "index", str(tmp_path)]) == 0
+    assert main(["shards", "index", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "duplicate key" in shown
-    assert "indexed as they are" in shown
+    assert "a run raises these faults" in shown
+    assert "indexed before" not in shown
     entries = read_manifest(tmp_path)
     assert entries is not None
     assert {entry.name: entry.split for entry in entries.values()} == {
@@ -180,7 +183,10 @@ def test_indexing_keeps_what_the_manifest_says_unless_told_otherwise(folder, cap
     content = json.loads(manifest.read_text()) | {"skipped": {"missing file": 3}}
     manifest.write_text(json.dumps(content))
     (folder / "train-000001.tar").unlink()
-    assert main(["shards", "index", str(folder)]) == 0
+    assert main(["shards", "index", str(folder)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "missing shard" in shown
+    assert "2 shards were indexed before and not read again" in shown
     assert json.loads(manifest.read_text()) == content
     longer = (folder / "train-000000.tar").read_bytes() + bytes(512)
     (folder / "val-000000.tar").write_bytes(longer)
@@ -236,3 +242,63 @@ def test_names_are_shown_as_they_are_and_not_all_of_them(folder):
     assert "[bold]0.tar" in screen.getvalue()
     assert "and 6 more" in screen.getvalue()
     assert "[bold]3.tar" not in screen.getvalue()
+
+
+@pytest.fixture
+def read_only(folder, monkeypatch) -> Path:
+    """Simulated, for root may write anywhere."""
+
+    def refuse(name):
+        real = getattr(os, name)
+
+        def call(path, *arguments, **options):
+            if Path(path).parent == folder:
+                raise OSError(errno.EROFS, "Read-only file system")
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(f"os.{name}", call)
+
+    refuse("unlink")
+    refuse("replace")
+    return folder
+
+
+def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(read_only, tmp_path, capsys):
+    index = scan_shard(read_only / "val-000000.tar")
+    assert main(["shards", "index", str(read_only), "--overwrite=true"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cannot be written: the indexes are kept in" in shown
+    assert "the manifest is as it was" in shown
+    assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 3
+    kept = load_index(read_only / "val-000000.tar")
+    assert kept is not None
+    assert kept.sha256 == index.sha256
+
+
+def test_a_folder_that_cannot_be_written_gets_no_manifest(folder, request, tmp_path, capsys):
+    for path in (*folder.glob("*.index"), folder / "shards.json"):
+        path.unlink()
+    request.getfixturevalue("read_only")
+    shards = [folder / "val-000000.tar"]
+    for shard in shards:
+        drop_index(shard)
+    for overwrite in ("false", "true"):
+        assert main(["shards", "index", str(folder), f"--overwrite={overwrite}"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "cannot be written" in shown
+        assert "the manifest is not there" in shown
+        assert load_index(shards[0]) is not None
+
+
+@pytest.mark.parametrize("command", ["index", "verify"])
+def test_shards_elsewhere_are_checked_there(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("BRIDGES_CACHE", str(tmp_path))
+    monkeypatch.setattr("recipes.remote.fetch", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    assert main(["shards", command, "http://host/a.tar"]) == 2
+    assert "found http://host/a.tar, a URL; expected local files" in capsys.readouterr().err
+
+
+def test_hidden_files_are_not_verified(folder):
+    for shard in list(folder.glob("*.tar")):
+        shard.rename(folder / f"._{shard.name}")
+    assert {kind for _, _, kind in found(folder)} == {"missing shard"}

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from safetensors import safe_open
+from safetensors.numpy import save
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from recipes.shard_files import ShardError
+from recipes.shard_faults import read_name
+from recipes.shard_files import ShardError, expand_shards
 from recipes.shard_index import missing_shards, scan_shard, shard_indexes
-from recipes.shard_manifest import read_manifest
-from recipes.shard_store import index_path, load_index, save_index
+from recipes.shard_manifest import Entry, read_manifest, write_manifest
+from recipes.shard_scan import MAX_FAULTS
+from recipes.shard_store import _digest, drop_index, index_path, load_index, save_index
 from recipes.shard_writer import write_shards
 
 BLOCK = 512
@@ -364,3 +368,239 @@ def test_a_bad_manifest_is_explained(shard):
     manifest.write_text(json.dumps({"scenes": 3}))
     assert read_manifest(shard.parent) is None
     assert shard_indexes([shard])[0].keys == KEYS
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_replaced_by_a_smaller_one_is_refused(indexed, shard, tmp_path):
+    shard_indexes([shard])
+    if not indexed:
+        index_path(shard).unlink()
+    plain = [(f"{key}.txt", b"other") for key in KEYS]
+    plain_tar(shard, plain, tarfile.GNU_FORMAT)
+    fix = "changed since indexed.*write the shards again.*bridges shards index .* --overwrite true"
+    with pytest.raises(ShardError, match=fix):
+        shard_indexes([shard])
+
+
+def test_a_shard_replaced_by_a_smaller_one_without_a_manifest_is_refused(shard):
+    shard_indexes([shard])
+    (shard.parent / "shards.json").unlink()
+    plain_tar(shard, [(f"{key}.txt", b"other") for key in KEYS])
+    with pytest.raises(ShardError, match="not cut short"):
+        shard_indexes([shard])
+
+
+def test_a_cut_in_zeros_is_a_cut(tmp_path):
+    members = [("1.npy", b"1" * 600), ("2.npy", bytes(9000)), ("3.npy", b"3")]
+    path = plain_tar(tmp_path / "zeros.tar", members)
+    whole = shard_indexes([path])[0]
+    data = path.read_bytes()
+    path.write_bytes(data[: int(whole.starts[1]) + 6 * BLOCK])
+    assert kinds(shard_indexes([path])[0]) == [("truncated shard", "2"), ("truncated shard", "3")]
+    # In the zeros after the mark of the end: nothing is lost, with the index or the manifest.
+    for left in (data[: int(whole.ends[-1]) + 2 * BLOCK], data[: int(whole.ends[-1]) + 1500]):
+        path.write_bytes(left)
+        assert shard_indexes([path])[0].keys == whole.keys
+    write_manifest(tmp_path, [Entry.of(path.name, whole)], {})
+    index_path(path).unlink()
+    assert shard_indexes([path])[0].keys == whole.keys
+
+
+def test_hidden_files_belong_to_no_sample(tmp_path):
+    members = [("./._a", b"x"), ("src/._000.jpg", b"x"), ("src/.DS_Store", b"x")]
+    members += [("src/000.jpg", b"0"), ("src/._000.txt", b"x"), ("src/000.txt", b"0")]
+    index = scan_shard(plain_tar(tmp_path / "mac.tar", members))
+    assert (index.keys, index.faults) == (("src/000",), ())
+    assert set(index.members_of(0)) == {"jpg", "txt"}
+
+
+def test_hidden_files_are_no_shards(shard):
+    (shard.parent / f"._{shard.name}").write_bytes(b"resource fork" * 99)
+    assert expand_shards(shard.parent) == [shard]
+
+
+def sparse_tar(path: Path, version: str, name: str) -> Path:
+    """A sparse file between two plain ones, in the headers that GNU tar writes."""
+    records = {
+        "0.0": {"GNU.sparse.size": "8192", "GNU.sparse.numblocks": "1", "GNU.sparse.offset": "4096"}
+        | {"GNU.sparse.numbytes": "512"},
+        "0.1": {"GNU.sparse.size": "8192", "GNU.sparse.numblocks": "1", "GNU.sparse.name": name}
+        | {"GNU.sparse.map": "4096,512"},
+        "1.0": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name}
+        | {"GNU.sparse.realsize": "8192"},
+    }[version]
+    data = b"x" * 512
+    if version == "1.0":
+        data = b"1\n4096\n512\n".ljust(BLOCK, b"\0") + data
+    folder, _, last = name.rpartition("/")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+        info = tarfile.TarInfo(name if version == "0.0" else f"{folder}/GNUSparseFile.7/{last}")
+        info.size, info.pax_headers = len(data), records
+        tar.addfile(info, io.BytesIO(data))
+        tar.addfile(tarfile.TarInfo("4.txt"))
+    return path
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+@pytest.mark.parametrize("name", ["a/2.jpg", "long" * 40 + "/2.jpg", "schön/2.jpg"])
+def test_a_sparse_member_of_any_version_is_refused(version, name, tmp_path):
+    index = scan_shard(sparse_tar(tmp_path / "sparse.tar", version, name))
+    assert index.keys == ("0", "4")
+    assert kinds(index) == [("refused member", name[:-4])]
+
+
+def test_the_long_map_of_a_sparse_member_costs_no_neighbour(tmp_path):
+    path = plain_tar(tmp_path / "s.tar", [("1.txt", b""), ("2.txt", (tarfile.GNUTYPE_SPARSE, ""))])
+    with tarfile.open(path) as tar:
+        at = tar.getmember("2.txt").offset
+    header = bytearray(path.read_bytes()[at : at + BLOCK])
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    rest = plain_tar(tmp_path / "rest.tar", [("3.txt", b"3"), ("4.txt", b"4")]).read_bytes()
+    extended = bytes(range(1, 200)).ljust(504, b"1")
+    path.write_bytes(
+        path.read_bytes()[:at] + header + extended + b"\1" + bytes(7) + extended + bytes(8) + rest
+    )
+    index = scan_shard(path)
+    assert index.keys == ("1", "3", "4")
+    assert kinds(index) == [("refused member", "2")]
+
+
+@pytest.mark.parametrize("value", ["1e9", "Infinity", "-1", "true", "null", '"5"', "1e400"])
+@pytest.mark.parametrize("field", ["bytes", "samples"])
+def test_a_manifest_of_impossible_numbers_is_refused(field, value, shard):
+    manifest = shard.parent / "shards.json"
+    content = json.loads(manifest.read_text())
+    content["shards"][0][field] = "VALUE"
+    manifest.write_text(json.dumps(content).replace('"VALUE"', value))
+    with pytest.raises(ShardError, match="expected a manifest of format 1"):
+        read_manifest(shard.parent)
+
+
+def test_a_manifest_of_more_samples_than_fit_is_refused(shard):
+    entry = (read_manifest(shard.parent) or {})[shard.name]
+    write_manifest(shard.parent, [replace(entry, samples=entry.bytes // 512 + 1)])
+    with pytest.raises(ShardError, match="samples in"):
+        read_manifest(shard.parent)
+
+
+def test_the_faults_of_a_shard_that_should_be_huge_are_summed_up(shard):
+    entry = (read_manifest(shard.parent) or {})[shard.name]
+    write_manifest(shard.parent, [replace(entry, samples=10**12, bytes=10**16)])
+    index_path(shard).unlink()
+    shard.write_bytes(shard.read_bytes()[: int(scan_shard(shard).ends[2])])
+    faults = shard_indexes([shard])[0].faults
+    assert len(faults) == 1 + MAX_FAULTS + 1
+    lost = 10**12 - 3 - 1
+    assert f"{lost - MAX_FAULTS:,} more samples are lost" in faults[-1].problem
+
+
+def test_a_manifest_is_parsed_once_and_anew_when_it_changes(shard, monkeypatch):
+    first = read_manifest(shard.parent) or {}
+    with monkeypatch.context() as patched:
+        patched.setattr("recipes.shard_manifest.json.loads", lambda text: 1 / 0)
+        assert read_manifest(shard.parent) == first
+        with pytest.raises(TypeError):
+            first["x"] = first[shard.name]  # pyright: ignore[reportIndexIssue]
+    write_manifest(shard.parent, [replace(first[shard.name], split="other")])
+    assert (read_manifest(shard.parent) or {})[shard.name].split == "other"
+
+
+def test_members_are_not_searched_one_by_one(tmp_path, monkeypatch):
+    class Counted(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    def read(member):
+        key, extension, fault = read_name(member)
+        return key, Counted(extension), fault
+
+    monkeypatch.setattr("recipes.shard_scan.read_name", read)
+    members = [(f"1.{n}.jpg", b"") for n in range(1000)]
+    index = scan_shard(plain_tar(tmp_path / "many.tar", members, tarfile.USTAR_FORMAT))
+    assert len(index.members_of(0)) == 1000
+    assert Counted.compared < 50_000
+
+
+def test_a_sample_of_too_many_members_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.shard_scan._MAX_MEMBERS", 5)
+    members = [(f"1.{n}.jpg", b"") for n in range(5)] + [(f"2.{n}.jpg", b"") for n in range(7)]
+    index = scan_shard(plain_tar(tmp_path / "many.tar", [*members, ("3.jpg", b"")]))
+    assert index.keys == ("1", "3")
+    assert kinds(index) == [("refused member", "2")]
+    assert "more than 5 members" in index.faults[0].problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("keys", ["\ud800", *KEYS[1:]]),
+        ("names", ["\ud800", "jpg", "txt"]),
+        ("faults", [[1, 2, 3]]),
+        ("faults", [["kind", 5, "problem"]]),
+        ("faults", [["kind", "key", None]]),
+        ("sha256", "0"),
+        ("size", True),
+        ("size", 1e400),
+    ],
+)
+def test_a_crafted_index_is_made_again(name, value, shard):
+    first = shard_indexes([shard])[0]
+    with safe_open(index_path(shard), "numpy") as file:
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    described = json.loads(arrays["text"].tobytes()) | {name: value}
+    arrays["text"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
+    index_path(shard).write_bytes(save(arrays, {"digest": _digest(arrays)}))
+    assert load_index(shard) is None
+    assert same(shard_indexes([shard])[0], first)
+
+
+def test_an_index_of_types_numpy_lacks_is_made_again(shard):
+    first = shard_indexes([shard])[0]
+    header = json.dumps({"offsets": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}})
+    header = header.ljust(-(-len(header) // 8) * 8)
+    index_path(shard).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    assert load_index(shard) is None
+    assert same(shard_indexes([shard])[0], first)
+
+
+def test_what_is_wrong_with_the_order_is_said(tmp_path):
+    members = [("1.jpg", b"1"), ("2.jpg", b"2"), ("1.txt", b"1"), ("2.jpg", b"2"), ("2.jpg", b"2")]
+    faults = scan_shard(plain_tar(tmp_path / "mixed.tar", members)).faults
+    assert ["tar --sort=name" in fault.problem for fault in faults] == [True, True, False]
+    one = plain_tar(tmp_path / "1.tar", [("1.jpg", b"1"), ("2.jpg", b"1")])
+    other = plain_tar(tmp_path / "2.tar", [("3.jpg", b"1"), ("4.jpg", b"1")])
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    index = scan_shard(one)
+    assert index.keys == ("1", "2", "3", "4")
+    assert "a second archive follows" in index.faults[0].problem
+
+
+def test_names_that_are_numbers_are_of_one_split(shard):
+    index = scan_shard(shard)
+    names = ("00000.tar", "10000.tar", "train-00000.tar", "1-00000.tar", "odd.tar")
+    assert [Entry.of(name, index).split for name in names] == ["shards"] * 2 + ["train", "1", "odd"]
+
+
+def test_a_stale_index_beside_a_shard_loses_to_one_that_fits(shard):
+    first = shard_indexes([shard])[0]
+    stale = index_path(shard).read_bytes()
+    with tarfile.open(shard, "a") as tar:
+        for n in range(30):
+            tar.addfile(tarfile.TarInfo(f"new{n}.txt"))
+    (shard.parent / "shards.json").unlink()
+    index_path(shard).unlink()
+    index_path(shard).mkdir()
+    newer = shard_indexes([shard])[0]
+    index_path(shard).rmdir()
+    index_path(shard).write_bytes(stale)
+    assert len(load_index(shard) or ()) == len(newer) == len(first) + 30
+    drop_index(shard)
+    assert load_index(shard) is None

@@ -1,8 +1,13 @@
 """Shards written: every captions format, what is skipped, the same bytes, all or nothing."""
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +19,10 @@ from rich.console import Console
 from bridges.files import file_digest
 from recipes.captions_files import read_captions
 from recipes.samples import decode_caption_sample
-from recipes.shard_index import scan_shard
+from recipes.shard_files import ShardError
+from recipes.shard_index import missing_shards, scan_shard, shard_indexes
 from recipes.shard_store import load_index
-from recipes.shard_writer import write_shards
+from recipes.shard_writer import ShardSet, write_shards
 from recipes.shards import build_shards, print_report
 from recipes.stream import ShardStream
 
@@ -281,7 +287,7 @@ def test_keys_stay_unique_when_names_collide(images, tmp_path):
 
 
 def test_any_key_that_can_be_read_can_be_written(tmp_path):
-    keys = ["00/1", "a key", "schön", "long" * 60, "__x"]
+    keys = ["00/1", "a key", "schön", "long" * 60, "__x", "./0", "v1.0/0", "a/b.c/4"]
     write_shards(({"__key__": key, "txt": "x"} for key in keys), tmp_path, "train")
     assert list(ShardStream(tmp_path, lambda r: r["__key__"], seed=0, shuffle=False)) == keys
 
@@ -337,6 +343,9 @@ def test_existing_shards_are_replaced_only_on_request(tmp_path):
         ({"__key__": "a.b", "jpg": b""}, "without dots"),
         ({"__key__": "../../x", "jpg": b""}, "without dots"),
         ({"__key__": "/x", "jpg": b""}, "slash"),
+        ({"__key__": "a\nb", "jpg": b""}, "control characters"),
+        ({"__key__": "a/", "jpg": b""}, "the key 'a/'"),
+        ({"__key__": "__a__/b", "jpg": b""}, "the key '__a__/b'"),
         ({"jpg": b""}, "key None"),
         ({"__key__": "a", "pkl": b""}, "member 'pkl'"),
         ({"__key__": "a", "txt": b"bytes"}, "txt is a bytes"),
@@ -395,3 +404,90 @@ def test_not_one_usable_picture_is_an_error(images, tmp_path):
     with pytest.raises(ValueError, match=r"missing file \(1, e.g. gone.jpg\)"):
         build_shards(images, captions, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("done", range(0, 24, 2))
+@pytest.mark.parametrize("count", [2, 3, 6, 9])
+def test_a_commit_stopped_anywhere_is_refused_or_complete(done, count, tmp_path, monkeypatch):
+    """Wherever a kill comes between two changes to the folder."""
+    monkeypatch.setenv("BRIDGES_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    write_shards(samples(6), out, "train", samples_per_shard=2)
+    before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    steps = 0
+
+    def stopped(real):
+        def step(*arguments, **options):
+            nonlocal steps
+            steps += 1
+            if steps > done:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        return step
+
+    new = [sample if n < 2 else sample | {"txt": "new"} for n, sample in enumerate(samples(count))]
+    with ShardSet(out, 2, overwrite=True) as shards:
+        for sample in new:
+            shards.add("train", sample)
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr("os.replace", stopped(os.replace))
+            patched.setattr("pathlib.Path.unlink", stopped(Path.unlink))
+            shards.commit()
+    found = sorted(out.glob("*.tar"))
+    if {path.name: path.read_bytes() for path in found} == before:
+        return
+    try:
+        assert missing_shards(found) == []
+        read_keys = [key for index in shard_indexes(found) for key in index.keys]
+    except ShardError as error:
+        assert "write the shards again, or if they are meant" in str(error)
+        assert "bridges shards index" in str(error)
+    except AssertionError:
+        return
+    else:
+        assert read_keys == [sample["__key__"] for sample in new]
+        assert texts(out) == [sample["txt"] for sample in new]
+
+
+def texts(out: Path) -> list[str]:
+    stream = ShardStream(out, lambda raw: raw["txt"].decode(), seed=0, shuffle=False)
+    return list(stream)
+
+
+def test_two_writers_in_one_folder_do_not_meet(tmp_path):
+    out = tmp_path / "out"
+    with ShardSet(out, 10, overwrite=False) as first, ShardSet(out, 10, overwrite=False) as second:
+        for one, other in zip(samples(4), samples(4), strict=True):
+            first.add("train", one)
+            second.add("train", other | {"txt": "other"})
+        first.commit()
+        with pytest.raises(ValueError, match="already holds 1 shards"):
+            second.commit()
+    assert texts(out) == [f"caption {n}" for n in range(4)]
+    assert listing(out) == ["shards.json", "train-000000.tar", "train-000000.tar.index"]
+
+
+def test_the_orphans_of_a_killed_writer_go_and_a_living_one_stays(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from recipes.shard_writer import ShardSet\n"
+        "shards = ShardSet(Path(sys.argv[1]), 1, False)\n"
+        "for key in 'ab':\n"
+        "    shards.add('train', {'__key__': key, 'txt': 'x'})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    orphans = set(listing(out))
+    assert len(orphans) == 3
+    with ShardSet(out, 1, overwrite=False, only="val") as living:
+        for sample in samples(2):
+            living.add("val", sample)
+        assert not orphans & set(listing(out))
+        write_shards(samples(1), out, "train")
+        living.commit()
+    shards = ["train-000000.tar", "val-000000.tar", "val-000001.tar"]
+    assert listing(out) == ["shards.json", *sorted([*shards, *(f"{s}.index" for s in shards)])]

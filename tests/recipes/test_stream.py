@@ -1,8 +1,10 @@
 """Shards read: who gets which sample in which order, and what bad input is answered with."""
 
+import errno
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -295,6 +297,44 @@ def test_a_shard_that_the_manifest_lists_and_is_gone_is_missed(tmp_path):
     (tmp_path / "train-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"found no .*train-000001.tar, which the manifest"):
         stream(str(tmp_path), on_error="skip")
+
+
+def test_a_shard_rewritten_in_mid_run_is_not_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.stream._INDEXES", 1)
+    write_numbered(tmp_path, 3)
+    data = stream(str(tmp_path), shuffle=False)
+    samples = ({"__key__": f"{n:04d}", "jpg": b"other", "txt": str(n)} for n in range(14))
+    write_shards(samples, tmp_path, "train", samples_per_shard=5, overwrite=True)
+    data._files.clear()
+    with pytest.raises(ShardError, match="has changed while in use"):
+        data[7]
+
+
+def test_a_sector_that_cannot_be_read_costs_its_sample_and_no_other(tmp_path, monkeypatch):
+    data = stream(write_numbered(tmp_path, 1), shuffle=False, on_error="skip", max_bad_fraction=1)
+    whole, read = list(data), ShardStream._read
+    bad = int(data._index(0).offsets[2])
+
+    def failing(self, shard, start, length):
+        if start == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, shard, start, length)
+
+    monkeypatch.setattr(ShardStream, "_read", failing)
+    assert list(data) == [key for key in whole if key != "0002"]
+    assert data.skipped == {"unreadable bytes": 1}
+
+
+def test_a_file_system_that_gives_less_than_asked_for_is_asked_again(tmp_path, monkeypatch):
+    data = stream(write_numbered(tmp_path, 1), shuffle=False)
+    plain = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: plain(file, [buffers[0][:700]], at))
+    assert list(data) == ["0000", "0001", "0002", "0003"]
+
+
+def test_a_width_of_the_shuffle_that_would_take_seconds_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected 1 to 1,000,000"):
+        stream(write_numbered(tmp_path, 1), shuffle_buffer=10_000_000)
 
 
 def test_what_lies_between_members_is_measured_before_it_is_read(tmp_path):

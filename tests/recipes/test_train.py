@@ -20,6 +20,7 @@ from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import cli
 from recipes.bad_samples import read_bad_samples
 from recipes.checkpoints import LAST
+from recipes.data import CaptionData
 from recipes.train import CONFIGS, train
 
 
@@ -92,6 +93,46 @@ class Keys(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         self.seen.append((trainer.current_epoch, [sample["key"] for sample in batch.samples]))
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_run_stopped_at_an_epochs_end_resumes_with_other_batches(
+    on_disk, tmp_path, size, monkeypatch
+):
+    """The next epoch is whole, though it has more batches than the one that is over, or fewer."""
+    monkeypatch.setattr("recipes.train.Throughput", Keys)
+    monkeypatch.setattr(Keys, "seen", [])
+    part, epochs = tmp_path / "part", ["--trainer.max_epochs=2", "--checkpoint_every=1"]
+    train(on_disk.arguments(part, "--trainer.max_steps=7", *epochs))
+    assert len(Keys.seen) == 7
+    more = [f"--data.batch_size={size}", "--resume=true", "--trainer.max_steps=-1"]
+    train(on_disk.arguments(part, *epochs, *more))
+    second = [key for epoch, keys in Keys.seen[7:] for key in keys]
+    assert [epoch for epoch, _ in Keys.seen[7:]] == [1] * (30 // size)
+    assert len(second) == len(set(second)) == 30 // size * size
+
+
+def test_overfitting_goes_over_the_same_samples(on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.train.Throughput", Keys)
+    monkeypatch.setattr(Keys, "seen", [])
+    more = ["--trainer.overfit_batches=2", "--trainer.max_epochs=3", "--trainer.max_steps=-1"]
+    train(on_disk.arguments(tmp_path / "run", *more))
+    keys = [keys for _, keys in Keys.seen]
+    assert keys[:2] == keys[2:4] == keys[4:]
+    assert keys[0] != keys[1]
+
+
+def test_the_schedule_ends_where_a_limited_run_does(on_disk, tmp_path):
+    limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=3", "--trainer.max_steps=-1"]
+    callbacks = (
+        '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]'
+    )
+    limits.append("--trainer.log_every_n_steps=1")
+    run = train(on_disk.arguments(tmp_path / "run", callbacks, *limits))
+    rows = (run / "csv-0" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("lr-AdamW/pg1")
+    rates = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    assert rates[-1] < max(rates) / 4
 
 
 @pytest.mark.parametrize("size", [2, 5, 8])
@@ -265,6 +306,26 @@ def test_lora_trains_beside_the_bridge(on_disk, tmp_path):
     for name, tensor in before.items():
         candidates = [name, name.replace(".weight", ".base_layer.weight")]
         assert any(n in after and torch.equal(after[n], tensor) for n in candidates), name
+
+
+def test_held_out_shards_alone_are_not_trained_on(on_disk, tmp_path, capsys):
+    folder = tmp_path / "val"
+    folder.mkdir()
+    shutil.copy(on_disk.shards / "val-000000.tar", folder)
+    assert cli.main(["train", *on_disk.arguments(tmp_path / "run", f"--data={folder}")]) == 2
+    assert "held-out shards alone (val-000000.tar)" in capsys.readouterr().err
+
+
+def test_a_world_size_that_is_left_in_the_environment_is_found(
+    on_disk, tmp_path, monkeypatch, capsys
+):
+    data = CaptionData(str(on_disk.shards))
+    model = bridges.load(train(on_disk.arguments(tmp_path / "run", "--trainer.max_steps=1")))
+    data.connect(model.vision, data.collator(model))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="2 ranks by the process group or WORLD_SIZE; expected"):
+        data.val_dataloader()
 
 
 def test_two_ranks_train_one_bridge(on_disk, tmp_path):
