@@ -1,5 +1,6 @@
 """`bridges reliability`: kills, damages and attacks the data plane, and counts what is lost."""
 
+import logging
 import os
 import platform
 import shlex
@@ -113,6 +114,8 @@ def main(arguments: Sequence[str]) -> None:
             )
         page_with(options.docs, "")  # a page without its markers is refused before the work
 
+    # What is planted is skipped, with a warning each: thousands of lines that nobody wants to read.
+    logging.getLogger("recipes.bad_samples").setLevel(logging.ERROR)
     console = Console()
     details = about(["bridges", "reliability", *arguments], quick=options.quick)
     summary: dict[str, dict[str, int]] = {}
