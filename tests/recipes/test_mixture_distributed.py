@@ -17,7 +17,7 @@ import tiny_mixture as mix
 import torch
 import yaml
 
-RANKS, STEPS = 2, 9
+RANKS, STEPS = 2, 24
 MIXINGS = ("accumulate", "round_robin")
 
 
