@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,6 @@ MEMBER: dict[Storage, str] = {"fp16": "npy", "bf16": "safetensors", "int8": "saf
 _NPY = {np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32}
 _SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _MOST = 2**31
-_HEADER = 10 + 2**16  # the longest header of npy 1.0
 
 
 def has_features(raw: Mapping[str, Any]) -> bool:
@@ -103,8 +103,18 @@ def _quantised(features: Tensor) -> dict[str, Tensor]:
 
 
 def _read_npy(data: bytes | bytearray) -> Tensor:
-    # Not of all: BytesIO copies a bytearray.
-    file = io.BytesIO(bytes(memoryview(data)[:_HEADER]))
+    length = int.from_bytes(data[8:10], "little") + 10
+    shape, dtype, at = _npy_header(bytes(memoryview(data)[:length]))
+    _check_size("npy", shape, len(data) - at, dtype.itemsize)
+    if isinstance(data, bytearray):  # nobody else's: no copy
+        return _tensor(data, _NPY[dtype], shape, at)
+    return _tensor(bytearray(memoryview(data)[at:]), _NPY[dtype], shape)
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, dtype and where the values begin; numpy takes longer over this than over the rest."""
+    file = io.BytesIO(header)
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -116,11 +126,7 @@ def _read_npy(data: bytes | bytearray) -> Tensor:
     if fortran or dtype not in _NPY:
         order = "Fortran" if fortran else "C"
         raise ValueError(f"npy: found {dtype} in {order} order; expected fp16 or fp32 in C order")
-    at = file.tell()
-    _check_size("npy", shape, len(data) - at, dtype.itemsize)
-    if isinstance(data, bytearray):  # nobody else's: no copy
-        return _tensor(data, _NPY[dtype], shape, at)
-    return _tensor(bytearray(memoryview(data)[at:]), _NPY[dtype], shape)
+    return shape, dtype, file.tell()
 
 
 def _read_safetensors(data: bytes) -> Tensor:
