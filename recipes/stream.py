@@ -32,6 +32,7 @@ _PASSED_OVER = frozenset(("cls",))
 _OPEN_FILES = 32
 _INDEXES = 16
 _AHEAD = 2
+_KEPT_BUFFER = 64 << 20
 _UNREADABLE = (errno.EIO, errno.ESTALE)
 _TRIES = 100
 _WIDEST = 1_000_000
@@ -282,7 +283,8 @@ class ShardStream(Dataset[Read[T]]):
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 raise
-            self._files.pop(shard).close()
+            if (file := self._files.pop(shard, None)) is not None:
+                file.close()
             raise SampleError(
                 f"{path}: sample {key!r} at byte {start:,} cannot be read ({error}); expected a "
                 "sound disk: copy the shard elsewhere",
@@ -324,9 +326,10 @@ class ShardStream(Dataset[Read[T]]):
         self._files[shard] = file
         if len(self._files) > self._most_open:
             self._files.popitem(last=False)[1].close()
-        if len(self._buffer) < length:
-            self._buffer = bytearray(length)
-        data = memoryview(self._buffer)[:length]
+        buffer = self._buffer if len(self._buffer) >= length else bytearray(length)
+        if length <= _KEPT_BUFFER:  # one huge sample is no reason to hold so much ever after
+            self._buffer = buffer
+        data = memoryview(buffer)[:length]
         # No mapping: a file that is cut off while it is mapped would end the process.
         found = 0
         while found < length:  # network file systems give less than was asked for
