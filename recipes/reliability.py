@@ -6,7 +6,8 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import import_module
@@ -114,14 +115,13 @@ def main(arguments: Sequence[str]) -> None:
             )
         page_with(options.docs, "")  # a page without its markers is refused before the work
 
-    # What is planted is skipped, with a warning each: thousands of lines that nobody wants to read.
-    logging.getLogger("recipes.bad_samples").setLevel(logging.ERROR)
     console = Console()
     details = about(["bridges", "reliability", *arguments], quick=options.quick)
     summary: dict[str, dict[str, int]] = {}
     broken = []
     for name in names:
-        found, folder = run(name, options.out, quick=options.quick)
+        with _unsaid():
+            found, folder = run(name, options.out, quick=options.quick)
         details["rows"][name] = found
         summary[name] = {key: int(found[key]) for key in ROWS[name].keys}
         if not (summary[name][ROWS[name].tried] and ROWS[name].holds(found)):
@@ -137,6 +137,18 @@ def main(arguments: Sequence[str]) -> None:
     if broken:
         console.print("[bold red]does not hold[/]", *broken, sep="\n")
         raise SystemExit(1)
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without the warnings of what is skipped: of what is planted there would be thousands."""
+    logger = logging.getLogger("recipes.bad_samples")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def run(name: str, out: Path, *, quick: bool) -> tuple[dict[str, Any], Path]:
