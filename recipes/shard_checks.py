@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,12 +18,11 @@ from recipes.locks import locked
 from recipes.remote_cache import url_of
 from recipes.shard_decode import undecodable
 from recipes.shard_files import ShardError, expand_shards, tars_in
-from recipes.shard_index import shard_indexes
+from recipes.shard_index import in_parallel, shard_indexes
 from recipes.shard_manifest import MANIFEST, Entry, read_manifest, write_manifest
 from recipes.shard_scan import ShardIndex, scan_shard
 from recipes.shard_store import cached_indexes, drop_index, load_index, lock_of, save_index
 
-T = TypeVar("T")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -84,7 +79,7 @@ def index_shards(
     paths = _local(shards)
     known = 0 if overwrite else sum(load_index(path) is not None for path in paths)
     if overwrite:
-        indexes = _in_parallel(_index_anew, paths, "indexing", progress)
+        indexes = in_parallel(_index_anew, paths, "indexing", progress)
     else:
         indexes = shard_indexes(paths, progress=progress)
     read_only = []
@@ -141,7 +136,7 @@ def verify_shards(
         entries = listed[path.parent]
         return _verify(path, entries, decode)
 
-    for samples, found in _in_parallel(one, paths, "verifying", progress, workers):
+    for samples, found in in_parallel(one, paths, "verifying", progress, workers):
         check.samples += samples
         check.findings += found
     return check
@@ -301,20 +296,3 @@ def _listed(folder: Path) -> list[tuple[str, Entry]]:
         return list((read_manifest(folder) or {}).items())
     except ShardError:  # it is replaced
         return []
-
-
-def _in_parallel(
-    function: Callable[[Path], T],
-    paths: Sequence[Path],
-    title: str,
-    progress: bool,
-    workers: int | None = None,
-) -> list[T]:
-    """Threads, for hashing and decoding leave Python's lock alone."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with (
-        Progress(*columns, console=console, disable=not progress, transient=True) as bar,
-        ThreadPoolExecutor(max(1, min(len(paths), workers or os.cpu_count() or 1))) as pool,
-    ):
-        return list(bar.track(pool.map(function, paths), total=len(paths)))

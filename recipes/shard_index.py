@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +20,17 @@ from recipes.shard_manifest import Entry, missing_shards, read_manifest
 from recipes.shard_scan import MAX_FAULTS, Fault, ShardIndex, scan_shard
 from recipes.shard_store import load_index, lock_of, save_index
 
-__all__ = ["Fault", "ShardIndex", "each_index", "missing_shards", "scan_shard", "shard_indexes"]
+__all__ = [
+    "Fault",
+    "ShardIndex",
+    "each_index",
+    "in_parallel",
+    "missing_shards",
+    "scan_shard",
+    "shard_indexes",
+]
+
+T = TypeVar("T")
 
 _AT_ONCE = 256
 _END = 1024
@@ -48,13 +59,34 @@ def shard_indexes(shards: Sequence[Path], *, progress: bool = False) -> list[Sha
     def one(shard: Path) -> ShardIndex:
         return _index(shard, manifests[shard.parent].get(shard.name))
 
-    columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return in_parallel(one, shards, "indexing", progress)
+
+
+def in_parallel(
+    function: Callable[[Path], T],
+    shards: Sequence[Path],
+    title: str,
+    progress: bool,
+    workers: int | None = None,
+) -> list[T]:
+    """What a function makes of each shard, in order.
+
+    In threads, for hashing and decoding leave Python's lock alone.
+
+    Args:
+        function: of a shard.
+        shards: any.
+        title: of the progress bar.
+        progress: show the bar.
+        workers: shards at a time; as many as there are cores unless given.
+    """
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
         Progress(*columns, console=console, disable=not progress, transient=True) as bar,
-        ThreadPoolExecutor(max(1, min(len(shards), os.cpu_count() or 1))) as pool,
+        ThreadPoolExecutor(max(1, min(len(shards), workers or os.cpu_count() or 1))) as pool,
     ):
-        return list(bar.track(pool.map(one, shards), total=len(shards)))
+        return list(bar.track(pool.map(function, shards), total=len(shards)))
 
 
 def _index_of_remote(shard: Path) -> ShardIndex | None:
