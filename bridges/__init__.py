@@ -1,5 +1,6 @@
 """Bridges: the piece between a frozen vision encoder and a frozen language model."""
 
+from bridges.blind import BlindResampler
 from bridges.build import bridge_factory
 from bridges.captioning import caption, caption_features
 from bridges.condition import Condition, image_index
@@ -28,6 +29,7 @@ from bridges.version import __version__
 from bridges.vision import VisionEncoder
 
 __all__ = [
+    "BlindResampler",
     "Bridge",
     "BridgeFactory",
     "BridgeOutput",

@@ -11,6 +11,11 @@ COMMANDS = {
     "cache": ("recipes.cache_command", "main", "compute a frozen encoder's features once"),
     "train": ("recipes.train", "main", "train a bridge from a YAML"),
     "caption": ("recipes.commands", "caption", "caption pictures with a trained bridge"),
+    "evaluate": (
+        "recipes.evaluate_command",
+        "main",
+        "captions, VQA, retrieval, few-shot, classes, likelihood of a run, with intervals",
+    ),
     "retrieve": (
         "recipes.retrieve",
         "main",
@@ -21,6 +26,7 @@ COMMANDS = {
         "main",
         "ask a trained bridge after demonstrations in the prompt",
     ),
+    "ablate": ("recipes.ablation", "main", "train and compare the cells of a grid, fairly"),
     "attention": ("recipes.attention", "main", "draw what words, or a Q-Former's queries, look at"),
     "export": ("recipes.export", "main", "write a trained bridge as a Hugging Face folder"),
     "bench": ("recipes.bench", "main", "measure ours beside a reference, in one process"),

@@ -205,6 +205,11 @@ class CaptionData(L.LightningDataModule):
         """Bad samples by kind that this rank has met."""
         return dict(sum((stream.skipped for stream in self._streams()), Counter()))
 
+    @property
+    def contents(self) -> list[str]:
+        """Digests of the samples of each shard that is read, to train on or held out."""
+        return [digest for stream in self._streams() for digest in stream.contents]
+
     def _streams(self) -> list[ShardStream[Any]]:
         return [stream for stream in (self._train, self._held_out) if stream is not None]
 

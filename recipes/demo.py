@@ -1,6 +1,5 @@
 """`bridges demo`: two bridges between real frozen models, trained and shown in minutes."""
 
-import csv
 import json
 import shutil
 import time
@@ -19,13 +18,14 @@ from bridges.run import RUN_FILE, WEIGHTS_FILE
 from recipes import report
 from recipes.batch import CaptionCollator
 from recipes.cache import mean_patches
-from recipes.data import CaptionData
+from recipes.data import CaptionData, split_shards
 from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
 from recipes.gates import GATES_FILE
 from recipes.recording import PROVENANCE_FILE
+from recipes.run_log import CSV_LOGS, read_log
 from recipes.scene_shards import write_scenes
 from recipes.shard_manifest import MANIFEST
-from recipes.train import CSV_LOGS, train
+from recipes.train import train
 
 BRIDGES = {
     "soft_prefix": "perceiver_small",
@@ -129,7 +129,9 @@ def demo(
     summary = {"data": str(data) if data else "emoji scenes", "bridges": results}
     write_json(out / "summary.json", summary)
     curves = {name: loss_curves(out / name) for name in names}
-    page = report.render(summary, curves, shown, report.pictures(shards))
+    page = report.render(
+        summary, curves, shown, report.pictures(split_shards(str(shards), None)[1])
+    )
     write_text(out / "report.html", page)
     report.print_summary(summary, console)
     console.print(f"open {out / 'report.html'}")
@@ -192,13 +194,8 @@ def score_run(run: Path, shards: Path) -> tuple[dict[str, Any], list[str]]:
 def loss_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Training and held-out loss by step, from the run's CSV logs."""
     curves: dict[str, list[tuple[int, float]]] = {"loss": [], "val_loss": []}
-    for log in sorted(run.glob(f"{CSV_LOGS}/metrics.csv")):
-        with log.open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, points in curves.items():
-                    if row.get(name):
-                        points.append((int(row["step"]), float(row[name])))
-    return curves
+    logged = read_log(run, curves.__contains__)
+    return curves | {name: sorted(points.items()) for name, points in logged.items()}
 
 
 def _clear(run: Path) -> None:

@@ -1,9 +1,7 @@
 """Gates over training: logged while a run goes on, drawn when it ends."""
 
-import csv
 import io
 import logging
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from bridges.contract import Bridge
 from bridges.files import write_text
+from recipes.run_log import Series, read_log
 
 GATES_FILE = "gates.svg"
 """The plot, in the run directory."""
@@ -22,9 +21,6 @@ PREFIX = "gate/"
 PANELS = {"attn": "attention gate", "ff": "feed-forward gate"}
 
 LEGEND_ROWS = 14
-
-Series = dict[str, dict[int, float]]
-"""By name: step -> value."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,25 +101,8 @@ def gate_values(module: torch.nn.Module) -> dict[str, float]:
 
 
 def read_gates(run: Path) -> Series:
-    """The logged gates of a run, all its starts joined.
-
-    A run that is resumed goes on from its last checkpoint: what an earlier start logged past that
-    is left out.
-    """
-    logs = sorted(run.glob("csv-*/metrics.csv"), key=lambda path: int(path.parent.name[4:]))
-    joined: Series = defaultdict(dict)
-    for log in logs:
-        with log.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if any(map(_is_gate, row.items()))]
-        if not rows:
-            continue
-        begun = min(int(row["step"]) for row in rows)
-        for name, points in joined.items():
-            joined[name] = {step: value for step, value in points.items() if step < begun}
-        for row in rows:
-            for name, value in filter(_is_gate, row.items()):
-                joined[name][int(row["step"])] = float(value)
-    return dict(joined)
+    """The logged gates of a run, see `read_log`."""
+    return read_log(run, lambda name: name.startswith(PREFIX))
 
 
 def plot_gates(run: str | Path) -> Path | None:
@@ -182,11 +161,6 @@ def plot_gates(run: str | Path) -> Path | None:
     path = Path(run) / GATES_FILE
     write_text(path, svg.getvalue())
     return path
-
-
-def _is_gate(item: tuple[str, str]) -> bool:
-    name, value = item
-    return name.startswith(PREFIX) and bool(value)
 
 
 def _block(name: str) -> int:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bridges.embedded import licences
-from recipes.data import split_shards
 from recipes.samples import IMAGE_EXTENSIONS, decode_caption_sample
 from recipes.scene_captions import score
 from recipes.stream import ShardStream
@@ -25,9 +24,9 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def pictures(shards: Path, limit: int = SHOWN) -> list[dict[str, Any]]:
-    """The first held-out pictures: data URI, captions, json."""
-    stream = ShardStream(split_shards(str(shards), None)[1], dict, seed=0, shuffle=False)
+def pictures(shards: Sequence[Path], limit: int = SHOWN) -> list[dict[str, Any]]:
+    """The first pictures of some shards: data URI, captions, json."""
+    stream = ShardStream(list(shards), dict, seed=0, shuffle=False)
     found = []
     for raw in stream:
         extension = next(e for e in IMAGE_EXTENSIONS if e in raw)

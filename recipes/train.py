@@ -31,6 +31,7 @@ from recipes.locks import claim_run
 from recipes.mixture import MixtureData, sources_of
 from recipes.progress import StepProgressBar, Throughput
 from recipes.recording import RunRecorder
+from recipes.run_log import CSV_LOGS
 from recipes.training import (
     DEFAULT_DATA,
     DEFAULT_MODULE,
@@ -39,10 +40,7 @@ from recipes.training import (
     load_module,
 )
 
-__all__ = ["CONFIGS", "CSV_LOGS", "TrainCLI", "main", "train"]
-
-CSV_LOGS = "csv-*"
-"""Folders of the CSV logs in a run directory."""
+__all__ = ["CONFIGS", "TrainCLI", "main", "train", "train_module"]
 
 
 class TrainCLI(LightningCLI):
@@ -174,10 +172,11 @@ UNHELPFUL_WARNINGS = (
 
 def train(arguments: Sequence[str]) -> Path:
     """Runs `bridges train` with these arguments; returns the run directory."""
-    return _train(arguments)[0]
+    return train_module(arguments)[0]
 
 
-def _train(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
+def train_module(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
+    """Runs `bridges train`; returns the run directory and what was trained, with its trainer."""
     torch.set_float32_matmul_precision("medium")
     for chatter in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{chatter}").setLevel(logging.WARNING)
@@ -230,5 +229,5 @@ def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry of the subcommand."""
-    folder, module = _train(arguments)
+    folder, module = train_module(arguments)
     rank_zero_only(print)(module.done(folder))

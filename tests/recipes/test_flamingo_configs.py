@@ -14,7 +14,7 @@ from bridges import Projector
 from gated_xattn import GatedCrossAttention, GatedXAttn
 from perceiver import PerceiverResampler
 from recipes.module import CaptionModule
-from recipes.train import CONFIGS, UNHELPFUL_WARNINGS, _train
+from recipes.train import CONFIGS, UNHELPFUL_WARNINGS, train_module
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in UNHELPFUL_WARNINGS]
 
@@ -57,7 +57,7 @@ def arguments(on_disk, shards: Path, run: Path, config: str) -> list[str]:
 
 def trained(*arguments: str) -> CaptionModule:
     """The module after the steps that the arguments ask for."""
-    _, module = _train(arguments)
+    _, module = train_module(arguments)
     assert isinstance(module, CaptionModule)
     return module
 

@@ -20,7 +20,7 @@ from recipes import cli
 from recipes.checkpoints import LAST
 from recipes.mixture import MixtureData
 from recipes.sources import EndlessBatches, SourceData
-from recipes.train import UNHELPFUL_WARNINGS, _train, train
+from recipes.train import UNHELPFUL_WARNINGS, train, train_module
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in UNHELPFUL_WARNINGS]
 
@@ -63,7 +63,9 @@ def sum_of_gradients(module: Any, batches: list[Any], factors: list[float]) -> d
 @pytest.mark.parametrize("turn", [1, 2])
 def test_an_accumulated_step_is_the_weighed_sum_over_the_sources(folder, tmp_path, turn):
     more = ["--model.optimizer.lr=0", f"--trainer.accumulate_grad_batches={turn}"]
-    _, module = _train(mix.arguments(folder, tmp_path / "run", *more, "--trainer.max_steps=2"))
+    _, module = train_module(
+        mix.arguments(folder, tmp_path / "run", *more, "--trainer.max_steps=2")
+    )
     assert isinstance(module, mix.Recorder)
     assert mix.sources(module.seen) == 2 * [name for name in NAMES for _ in range(turn)]
     size = len(NAMES) * turn
@@ -78,7 +80,7 @@ def test_an_accumulated_step_is_the_weighed_sum_over_the_sources(folder, tmp_pat
 def test_sources_take_turns(folder, tmp_path, turn):
     more = ["--model.optimizer.lr=0", f"--trainer.accumulate_grad_batches={turn}"]
     more += ["--data.mixing=round_robin", "--trainer.max_steps=4"]
-    _, module = _train(mix.arguments(folder, tmp_path / "run", *more))
+    _, module = train_module(mix.arguments(folder, tmp_path / "run", *more))
     assert isinstance(module, mix.Recorder)
     named = [name for name in (*NAMES, NAMES[0]) for _ in range(turn)]
     assert mix.sources(module.seen) == named
@@ -92,7 +94,7 @@ def test_sources_take_turns(folder, tmp_path, turn):
 def test_every_source_alone_gives_all_parameters_a_gradient(folder, tmp_path):
     """Also a batch of texts without a picture: no rank may find a parameter unused."""
     more = ["--data.mixing=round_robin", "--trainer.max_steps=45"]
-    _, module = _train(mix.arguments(folder, tmp_path / "run", *more))
+    _, module = train_module(mix.arguments(folder, tmp_path / "run", *more))
     assert isinstance(module, mix.Recorder)
     assert any(not batch["images"] for batch in module.seen)
     assert all(batch["without_gradient"] == [] for batch in module.seen)
@@ -369,7 +371,7 @@ def test_constant_rate_and_exceptions_from_decay(folder, tmp_path):
         '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]'
     )
     more = [*options, monitor, "--model.optimizer.weight_decay=0.1", "--trainer.max_steps=5"]
-    run, module = _train(mix.arguments(folder, tmp_path / "run", *more))
+    run, module = train_module(mix.arguments(folder, tmp_path / "run", *more))
     rates = [float(r["lr-AdamW/pg1"]) for r in rows(run) if r.get("lr-AdamW/pg1")]
     assert rates[:: len(NAMES)] == pytest.approx([0.0, 0.005, 0.01, 0.01, 0.01])
     (optimizer,) = module.trainer.optimizers
