@@ -18,7 +18,7 @@ from recipes.scene_captions import score
 ANSWER_TOKENS = 16
 """Of the longest answer to a question."""
 
-SHOWN = 4
+SHOWN = 3
 """Questions of a picture on the page."""
 
 
@@ -134,7 +134,7 @@ def vqa(run: Trained) -> Found:
     for (row, question, answers), answer, blind in zip(
         asked, said[""], said["_blind"], strict=True
     ):
-        if len(lines.setdefault(row, [])) < 2 * SHOWN:
+        if sum(line.label == "question" for line in lines.setdefault(row, [])) < SHOWN:
             lines[row] += _answer_lines(question, answers, answer, blind)
     described = {
         "questions": len(asked),
@@ -148,6 +148,9 @@ def vqa(run: Trained) -> Found:
 
 def _answer_lines(question: str, answers: Sequence[str], answer: str, blind: str) -> list[Line]:
     truth = " · ".join(dict.fromkeys(answers))
-    right = same_text(answer, answers)
-    told = answer if right else f"{answer} (truth: {truth})"
-    return [Line("question", question), Line("answer", f"{told}; mean picture: {blind}", right)]
+    return [
+        Line("question", question),
+        Line("answer", answer or "–", right := same_text(answer, answers)),
+        *([] if right else [Line("truth", truth)]),
+        Line("mean picture", blind or "–", same_text(blind, answers)),
+    ]

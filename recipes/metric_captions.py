@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recipes.fewshot_match import same_text
-from recipes.metric_ngrams import NGram, TfIdf, bigrams, clipped_cosine, counted
+from recipes.metric_ngrams import NGram, TfIdf, clipped_cosine, counted
 from recipes.metric_rows import PerImage, PerImageMean, check_pairs, mean, total
 from recipes.metric_texts import CaptionTexts
 from recipes.metric_tokens import ptb_tokens
@@ -28,8 +28,7 @@ class CiderD(CaptionTexts):
         n: n-grams of 1 to n words.
         sigma: width of the Gaussian penalty on a length that differs.
 
-    Source: Vedantam et al. (arXiv 1411.5726) section 4 and appendix; pycocoevalcap's ``Cider``. As
-    there, a caption's length is the number of its 2-grams, not of its words.
+    Source: Vedantam et al. (arXiv 1411.5726); the figures are those of pycocoevalcap's ``Cider``.
     """
 
     higher_is_better = True
@@ -48,26 +47,24 @@ class CiderD(CaptionTexts):
         return mean(self._each())
 
     def _each(self) -> Tensor:
-        images = [[counted(text, self.n) for text in texts] for texts in self.captions()]
+        images = self.captions()
         documents: Counter[NGram] = Counter()
         for _, *references in images:
-            documents.update(set().union(*references))
+            documents.update(set().union(*(counted(words, self.n) for words in references)))
         weights = TfIdf(documents, len(images), self.n)
         scores = [self._score(prediction, rights, weights) for prediction, *rights in images]
         return torch.tensor(scores, dtype=torch.float64, device=self.device)
 
     def _score(
-        self, prediction: Counter[NGram], references: list[Counter[NGram]], weights: TfIdf
+        self, prediction: Sequence[str], references: Sequence[Sequence[str]], weights: TfIdf
     ) -> float:
         written = weights.vectors(prediction)
-        lengths = bigrams(prediction)
-        total = 0.0
+        agreement = 0.0
         for reference in references:
-            right = weights.vectors(reference)
-            gap = lengths - bigrams(reference)
-            penalty = math.exp(-(gap**2) / (2 * self.sigma**2))
-            total += penalty * sum(map(clipped_cosine, written, right))
-        return 10.0 * total / self.n / len(references)
+            cosines = map(clipped_cosine, written, weights.vectors(reference))
+            gap = len(prediction) - len(reference)
+            agreement += sum(cosines) * math.exp(-(gap**2) / (2 * self.sigma**2))
+        return 10.0 * agreement / self.n / len(references)
 
 
 class Bleu(PerImage):

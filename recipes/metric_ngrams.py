@@ -21,10 +21,10 @@ class TfIdf:
         self.log_images = math.log(max(1, images))
         self.n = n
 
-    def vectors(self, counts: Counter[NGram]) -> list[dict[NGram, float]]:
-        """A vector for each length of n-gram."""
+    def vectors(self, words: Sequence[str]) -> list[dict[NGram, float]]:
+        """Of a text, a vector for each length of n-gram."""
         found: list[dict[NGram, float]] = [{} for _ in range(self.n)]
-        for ngram, count in counts.items():
+        for ngram, count in counted(words, self.n).items():
             # What stands in no reference is as rare as what stands in those of one image.
             rarity = self.log_images - math.log(max(1, self.documents[ngram]))
             found[len(ngram) - 1][ngram] = count * rarity
@@ -38,11 +38,6 @@ def counted(words: Sequence[str], n: int) -> Counter[NGram]:
         for size in range(1, n + 1)
         for start in range(len(words) - size + 1)
     )
-
-
-def bigrams(counts: Counter[NGram]) -> int:
-    """How many 2-grams a text has."""
-    return sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
 
 def clipped_cosine(written: dict[NGram, float], right: dict[NGram, float]) -> float:

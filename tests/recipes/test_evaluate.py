@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from bridges import VisionLanguageModel
-from recipes.evaluate import HeldOut, caption_nll, captions, scene_accuracy
+from recipes.evaluate import (
+    HeldOut,
+    caption_nll,
+    caption_sums,
+    captions,
+    contiguous_head,
+    scene_accuracy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,38 @@ def test_nll_is_the_mean_over_tokens_whatever_the_batch(model):
     expected = float(by_hand(model, held))
     for size in (1, 2, 32):
         assert math.isclose(caption_nll(model, held, batch_size=size), expected, rel_tol=1e-5)
+
+
+def test_the_sums_of_a_picture_are_those_of_its_captions_alone(model):
+    held = held_out(model)
+    for row, sums in enumerate(caption_sums(model, held, batch_size=3)):
+        alone = HeldOut(held.features[[row]], held.grid, [held.samples[row]])
+        tokens = sum(len(text) + 1 for text in held.samples[row]["captions"])  # one a letter
+        assert float(sums[1]) == tokens
+        assert math.isclose(sums[0] / sums[1], float(by_hand(model, alone)), rel_tol=1e-5)
+
+
+def test_the_first_pictures_are_those_of_the_first_samples(model):
+    held = held_out(model)
+    two = held.first(2)
+    assert [s["key"] for s in two.samples] == ["0", "1"]
+    torch.testing.assert_close(two.features, held.features[:2], rtol=0, atol=0)
+    assert len(held.first(99)) == len(held)
+
+
+def test_the_head_is_given_no_view_while_captions_are_written(model):
+    """A view of the last column costs a copy of the head's weight for each row."""
+    given = []
+    head = model.lm.model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda _, inputs, output: given.append(inputs[0]))
+    try:
+        captions(model, held_out(model), max_new_tokens=2)
+    finally:
+        watch.remove()
+    assert given and all(tensor.is_contiguous() for tensor in given)
+    with pytest.raises(RuntimeError), contiguous_head(model):
+        raise RuntimeError
+    assert not head._forward_pre_hooks
 
 
 def test_shuffled_pictures_never_stay_with_their_caption(model):

@@ -35,5 +35,6 @@ def test_what_does_not_belong_together_is_refused():
         metric.update(torch.ones(2), torch.ones(3))
     with pytest.raises(ValueError, match="1 captions of no tokens"):
         metric.update(torch.ones(2), torch.tensor([1, 0]))
+    metric.reset()
     with pytest.raises(ValueError, match="found no image"), pytest.warns(UserWarning):
         metric.compute()

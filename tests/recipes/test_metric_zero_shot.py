@@ -52,7 +52,7 @@ def test_templates_come_from_a_file(tmp_path):
 def test_prompts_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither templates nor descriptions"):
         read_class_prompts(["dog"], None)
-    with pytest.raises(ValueError, match="the template 'a photo'; expected one {} in it"):
+    with pytest.raises(ValueError, match=r"the template 'a photo'; expected one \{\} in it"):
         read_class_prompts(["dog"], ["a {}", "a photo"])
     with pytest.raises(ValueError, match=r"the classes \['dog'\] twice"):
         read_class_prompts(["dog", "cat", "dog"])
