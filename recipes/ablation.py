@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ from recipes.report import pictures
 
 REPORT_FILES = ("report.html", "results.csv", "results.md", "results.json")
 """What a finished sweep writes, beside the runs."""
+
+GRID_FILE = "grid.json"
+"""The grid, as it was read."""
 
 SHOWN = 12
 """Held-out pictures in the report."""
@@ -66,7 +70,8 @@ def ablate(
         ray: address of a Ray cluster to run on, ``auto`` or ``local``; see `run_on_ray`.
         ray_cpus: that a run takes of the cluster.
         ray_gpus: that a run takes of the cluster.
-        overrides: keys of the config with values, for every cell.
+        overrides: keys of the config with values, for every cell, before the grid's axes; or with
+            ``grid.`` before them, keys of the grid.
         command: said in the report.
 
     Returns:
@@ -77,8 +82,8 @@ def ablate(
         ValueError: a grid that cannot be read, or not one cell that could be trained.
     """
     started, console, folder = time.monotonic(), Console(), Path(out).absolute()
-    name, spec = read_grid(grid)
-    cells = cells_of(spec, overrides)
+    name, spec = read_grid(grid, overrides)
+    cells = cells_of(spec)
     check_planned(cells, spec.match)
     where = None if ray else Devices.find(devices)
     placed = plan.place_data(cells, data or spec.data, console)
@@ -88,6 +93,7 @@ def ablate(
         else partial(run_on_ray, str(ray), ray_cpus, ray_gpus)
     )
     with claim_run(folder):
+        write_json(folder / GRID_FILE, asdict(spec))
         try:
             with console.status("looking for held-out pictures that are trained on"):
                 samples = max(check_leaks(*split) for split in plan.splits(cells))
@@ -248,14 +254,17 @@ def main(arguments: Sequence[str]) -> None:
         "--dry_run", type=bool, default=False, help="say what would be trained, and train nothing"
     )
     parser.add_argument(
-        "overrides", nargs="*", help="KEY=VALUE of the config, for every cell: trainer.max_steps=50"
+        "overrides",
+        nargs="*",
+        help="KEY=VALUE of the config, for every cell, as trainer.max_steps=50; or of the grid, as "
+        "'grid.seeds=[0]'",
     )
     options = parser.parse_args(list(arguments))
     console = Console()
     overrides = _overrides(options.overrides)
     if options.dry_run:
-        name, spec = read_grid(options.grid)
-        cells = cells_of(spec, overrides)
+        name, spec = read_grid(options.grid, overrides)
+        cells = cells_of(spec)
         check_planned(cells, spec.match)
         print_plan(name, spec, cells, console)
         return

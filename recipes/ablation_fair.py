@@ -67,8 +67,8 @@ def _compare(
             )
             raise UnfairError(
                 f"found {prefix}{key}: {found!r} in the cell {cell.name!r}; expected {wanted!r}, "
-                f"as in {reference.name!r}: the cells {what}; give all cells the same by `overrides`, "
-                "or compare them in sweeps of their own"
+                f"as in {reference.name!r}: the cells {what}; give all cells the same by "
+                "`overrides`, or compare them in sweeps of their own"
             )
 
 

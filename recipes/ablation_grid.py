@@ -21,6 +21,9 @@ Match = Literal["steps", "flops", "params", "time"]
 Control = Literal["blind", "twin"]
 Config = dict[str, Any]
 
+GRID = "grid."
+"""On the command line: keys of the grid itself begin with it."""
+
 FIRST = "first"
 """Of keys: settings of the first stage begin with it."""
 
@@ -136,11 +139,15 @@ class Cell:
     twin_of: str | None = None
 
 
-def read_grid(source: str | Path | Mapping[str, Any]) -> tuple[str, GridSpec]:
+def read_grid(
+    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> tuple[str, GridSpec]:
     """A grid and its name.
 
     Args:
         source: a file, a shipped grid's name, or what such a file holds.
+        overrides: keys with values, added to the grid's own ``overrides``; those that begin with
+            ``grid.`` are keys of the grid itself: ``grid.seeds``, ``grid.lr.steps``.
 
     Raises:
         ValueError: no such file, no YAML, an unknown key or a value of another type.
@@ -155,6 +162,12 @@ def read_grid(source: str | Path | Mapping[str, Any]) -> tuple[str, GridSpec]:
             raise ValueError(
                 f"found {path}, which is no YAML ({error}); expected a grid"
             ) from error
+    content = copy.deepcopy(content)
+    for key, value in (overrides or {}).items():
+        if isinstance(content, dict):
+            own = key.startswith(GRID)
+            key = key.removeprefix(GRID)
+            (set_key if own else _set_override)(content, key, value)
     known = GridSpec.__dataclass_fields__
     if not isinstance(content, Mapping) or "base" not in content or set(content) - set(known):
         found = list(content) if isinstance(content, Mapping) else type(content).__name__
@@ -176,12 +189,8 @@ def read_grid(source: str | Path | Mapping[str, Any]) -> tuple[str, GridSpec]:
     return name, replace(parser.instantiate(parsed).grid, **changes)
 
 
-def cells_of(grid: GridSpec, more: Mapping[str, Any] | None = None) -> list[Cell]:
+def cells_of(grid: GridSpec) -> list[Cell]:
     """The cells of a grid, controls last.
-
-    Args:
-        grid: from `read_grid`.
-        more: a setting of every cell, after all others.
 
     Raises:
         ValueError: no such config, a name twice, no such baseline, a bridge that cannot be made
@@ -194,7 +203,7 @@ def cells_of(grid: GridSpec, more: Mapping[str, Any] | None = None) -> list[Cell
     cells: list[Cell] = []
     for name, settings, changes in [*_combinations(grid), *_further(grid)]:
         config, before = copy.deepcopy(base), copy.deepcopy(first)
-        for change in (grid.overrides, *changes, more or {}):
+        for change in (grid.overrides, *changes):
             before = _apply(config, before, change, name)
         cells.append(Cell(name, settings, config, before, list(grid.seeds)))
     names = [cell.name for cell in cells]
@@ -265,6 +274,10 @@ def set_key(config: Config, key: str, value: Any) -> None:
                 f"found {inner!r} at {part!r} of the key {key!r}; expected a mapping there"
             )
     inner[last] = copy.deepcopy(value)
+
+
+def _set_override(content: Config, key: str, value: Any) -> None:
+    content["overrides"] = {**(content.get("overrides") or {}), key: value}
 
 
 def _find(name: str) -> Path:

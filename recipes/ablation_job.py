@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,6 +111,8 @@ def run_job(folder: Path) -> None:
     and its traceback.
     """
     job = Job.read(folder)
+    # Of a config that cannot be read, the parser would else end the process.
+    os.environ["JSONARGPARSE_DEBUG"] = "1"
     try:
         result = _result(folder, job)
     except Exception as error:  # whatever is wrong with one cell, the others go on

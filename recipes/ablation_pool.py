@@ -193,7 +193,7 @@ class _Worker:
             said = process.stdout.readline()
         if said.strip() != DONE:
             code = process.wait()
-            self._process = None
+            self.end()
             _fail(folder, f"its process ended with code {code} (-9: killed, perhaps out of "
                   f"memory); what it said is in {self.log}")  # fmt: skip
 
@@ -206,6 +206,7 @@ class _Worker:
                 if pipe is not None:
                     with suppress(BrokenPipeError):
                         pipe.close()
+            self._process = None
 
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is None:

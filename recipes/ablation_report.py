@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 from jinja2 import Environment
@@ -109,46 +110,63 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     return "\n".join([*rows, "", "\n\n".join(map(_markdown, [*notes(results), *failed])), ""])
 
 
-def csv_text(results: Mapping[str, Any]) -> str:
-    """A row for each cell and seed; of a run that failed, what it is and its error."""
+def run_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each cell and seed: settings, what was given, costs, metrics of that seed.
+
+    A run that failed has an ``error``, and nothing in the columns of figures. All rows have the
+    same keys; an axis that is called like another column is ``setting.AXIS``.
+    """
     axes, metrics = axes_of(results), list(results["metrics"])
     fixed = ["kind", "seed", "sample_order_digest", "steps", "samples", "lr"]
     after = [*fixed, *CSV_COSTS, *CSV_SPEED, *metrics, "error"]
     # An axis may be the learning rate or the seed: two columns of a name are read as one.
     columns = {axis: f"setting.{axis}" if axis in {"cell", *after} else axis for axis in axes}
-    written = io.StringIO()
-    table = csv.DictWriter(written, ["cell", *columns.values(), *after], lineterminator="\n")
-    table.writeheader()
+    empty = dict.fromkeys(["cell", *columns.values(), *after])
 
-    def row(cell: Mapping[str, Any], **of_run: Any) -> None:
+    def row(cell: Mapping[str, Any], **of_run: Any) -> dict[str, Any]:
         settings = {columns[axis]: value for axis, value in cell["settings"].items()}
-        table.writerow({"cell": cell["name"], "kind": cell["kind"], **settings, **of_run})
+        return {**empty, "cell": cell["name"], "kind": cell["kind"], **settings, **of_run}
 
+    noted = ("seed", "sample_order_digest", "steps", "samples", *CSV_COSTS, *CSV_SPEED)
+    rows = [
+        row(cell, **{key: run[key] for key in noted}, lr=cell["lr"], **run["metrics"])
+        for cell in results["cells"]
+        for run in cell["runs"]
+    ]
     known = {cell["name"]: cell for cell in results["cells"]}
-    for cell in results["cells"]:
-        figures = {key: cell[key] for key in ("steps", "samples", "lr", *CSV_COSTS, *CSV_SPEED)}
-        for run in cell["runs"]:
-            order = run["sample_order_digest"]
-            row(cell, seed=run["seed"], sample_order_digest=order, **figures, **run["metrics"])
     for failed in results["failed"]:
-        nameless = {"name": failed["name"], "kind": "", "settings": {}}
-        row(known.get(failed["name"], nameless), seed=failed["seed"], error=failed["error"])
+        nameless = {"name": failed["name"], "kind": None, "settings": {}}
+        cell = known.get(failed["name"], nameless)
+        rows.append(row(cell, seed=failed["seed"], error=failed["error"]))
+    return rows
+
+
+def csv_text(results: Mapping[str, Any]) -> str:
+    """`run_rows` as CSV."""
+    rows = run_rows(results)
+    written = io.StringIO()
+    table = csv.DictWriter(written, list(rows[0]) if rows else [], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
     return written.getvalue()
 
 
 def print_table(results: Mapping[str, Any], console: Console) -> None:
-    """The cells on the terminal, best first, and what failed."""
+    """The cells on the terminal, best first, and what failed; as much as is read at a glance."""
     table = Table(title=escape(results["title"]))
-    look, metrics = looks(results), results["metrics"]
+    look = looks(results)
+    metrics = dict(islice(results["metrics"].items(), FIRST_METRICS))
     table.add_column("", justify="right")
     table.add_column("cell")
     cells = ranked(results)
-    for title in [*(_costs(cells[0]) if cells else ()), *map(_title, metrics.values())]:
+    costs = list(islice(_costs(cells[0]), FIRST_COSTS)) if cells else []
+    for title in [*costs, *map(_title, metrics.values())]:
         table.add_column(escape(title), justify="right")
     for cell in cells:
         name = "\n".join(filter(None, [cell["name"], _remark(results, cell)]))
-        found = map(str, _measured(results, cell).values())
-        texts = [look[cell["name"]].label, name, *_costs(cell).values(), *found]
+        measured = _measured(results, cell)
+        found = [str(measured[metric]) for metric in metrics]
+        texts = [look[cell["name"]].label, name, *(_costs(cell)[cost] for cost in costs), *found]
         table.add_row(*map(escape, texts), style="dim" if cell["kind"] != "cell" else None)
     console.print(table)
     for note in notes(results):

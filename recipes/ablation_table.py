@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.ablation_grid import Cell
+from recipes.ablation_report import run_rows
 from recipes.bootstrap import Sums, compare, holm, interval
 from recipes.evaluate_scores import BETTER, TITLES
+from recipes.gates import PREFIX
 
 if TYPE_CHECKING:
     import pandas
@@ -49,21 +51,8 @@ class AblationTable:
         return len(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each cell and seed: settings, costs, and the metrics of that seed."""
-        return [
-            {
-                "cell": cell["name"],
-                **cell["settings"],
-                "kind": cell["kind"],
-                "seed": run["seed"],
-                "sample_order_digest": run["sample_order_digest"],
-                "lr": cell["lr"],
-                **{name: run[name] for name in COSTS},
-                **run["metrics"],
-            }
-            for cell in self.results["cells"]
-            for run in cell["runs"]
-        ]
+        """A row for each cell and seed, see `run_rows`."""
+        return run_rows(self.results)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The rows as a data frame.
@@ -99,7 +88,8 @@ def summarise(
     """
     scored = {key: _figures(run) for key, run in runs.items()}
     everywhere = [n for n in TITLES if scored and all(n in figures for figures in scored.values())]
-    metrics = sorted(everywhere, key=lambda name: name not in PRIMARY)
+    # What stands first is what a reader sees on a phone: the baselines of the loss come last.
+    metrics = sorted(everywhere, key=lambda n: (n not in PRIMARY, n.startswith("nll_")))
     finished = {cell.name: [s for s in cell.seeds if (cell.name, s) in runs] for cell in cells}
     places = {
         cell.name: [k for k, seed in enumerate(cell.seeds) if seed in finished[cell.name]]
@@ -126,7 +116,8 @@ def summarise(
                         "seed": seed,
                         **{name: run[name] for name in ("sample_order_digest", *COSTS)},
                         "metrics": {n: scored[cell.name, seed][n].value() for n in metrics},
-                        **{name: run[name] for name in ("curve", "val_curve", "gates")},
+                        **{name: run[name] for name in ("curve", "val_curve")},
+                        "gates": {n.removeprefix(PREFIX): g for n, g in run["gates"].items()},
                     }
                     for seed, run in zip(seeds, own, strict=True)
                 ],

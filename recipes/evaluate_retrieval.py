@@ -91,11 +91,12 @@ def _lines(to_texts: Tensor, texts: Sequence[str], owners: Tensor) -> dict[int, 
     """The text found first for each picture, and the place of the first right one."""
     ranked = first(to_texts, len(texts))
     right = owners[ranked] == torch.arange(len(to_texts))[:, None]
-    places = right.int().argmax(dim=1) + 1
-    return {
-        row: [
-            Line("found first", texts[int(ranked[row, 0])], bool(right[row, 0])),
-            *([Line("", f"a right text is no. {place} of {len(texts)}")] if place > 1 else []),
-        ]
-        for row, place in enumerate(places.tolist())
-    }
+    places = right.int().argmax(dim=1)
+    lines = {}
+    for row, place in enumerate(places.tolist()):
+        found, own = (texts[int(ranked[row, column])] for column in (0, place))
+        lines[row] = [Line("found first", found, place == 0)]
+        if place:
+            same = ", of the same words" if found == own else ""
+            lines[row].append(Line("", f"its own{same}: no. {place + 1} of {len(texts)}"))
+    return lines

@@ -86,7 +86,7 @@ def likelihood(run: Trained) -> Found:
     losses = {name: sums.rows[:, 0] / sums.rows[:, 1] for name, sums in scored.items()}
     lines = {
         row: [
-            Line(LOOKS[name.removeprefix("nll")], f"{losses[name][row]:.3f} nats a token")
+            Line(LOOKS[name.removeprefix("nll")], f"{losses[name][row]:.3f} nats")
             for name in losses
         ]
         for row in range(len(run.held_out))

@@ -32,10 +32,13 @@ def scene(index: int) -> dict[str, Any]:
     return {"__key__": f"scene-{index:04d}", "png": jpg.getvalue(), "txt": text, "json": meta}
 
 
-def write_scenes(shards: Path) -> None:
-    """30 pictures to train on, 6 held out."""
+def write_scenes(shards: Path, *, leak: bool = False) -> None:
+    """30 pictures to train on, 6 held out; with a leak one more, of those trained on."""
     write_shards((scene(i) for i in range(30)), shards, "train", samples_per_shard=10)
-    write_shards((scene(i) for i in range(30, 36)), shards, "val")
+    held_out = [scene(i) for i in range(30, 36)]
+    if leak:
+        held_out.append(scene(3) | {"__key__": "other-name"})
+    write_shards(iter(held_out), shards, "val")
 
 
 def tiny_grid(on_disk: Any, shards: Path, **changes: Any) -> dict[str, Any]:

@@ -70,11 +70,7 @@ def made_cell(rng: random.Random, place: int, settings: dict[str, str], seeds: l
             else {},
         }
 
-    return {
-        "name": ", ".join(settings.values()),
-        "settings": settings,
-        "kind": "cell",
-        "twin_of": None,
+    costs = {
         "trainable_parameters": 400_000 + 1_300_000 * place + 900_000 * gated,
         "visual_tokens": 16,
         "steps": 200,
@@ -83,6 +79,13 @@ def made_cell(rng: random.Random, place: int, settings: dict[str, str], seeds: l
         "samples_per_s": 40.0 - 2 * place,
         "peak_bytes": 2.1e9 + 1e8 * place,
         "seconds": 70.2,
+    }
+    return {
+        "name": ", ".join(settings.values()),
+        "settings": settings,
+        "kind": "cell",
+        "twin_of": None,
+        **costs,
         "lr": 0.001 if place else 0.0005,
         "lr_sweep": [[0.0005, 2.31 if place else 2.01], [0.001, 2.11], [0.002, None]],
         "solved": {"model.bridge.init_args.resampler.init_args.dim": 384} if place == 1 else {},
@@ -99,7 +102,7 @@ def made_cell(rng: random.Random, place: int, settings: dict[str, str], seeds: l
         }
         if place
         else None,
-        "runs": [run(seed) for seed in seeds],
+        "runs": [run(seed) | costs for seed in seeds],
         "captions": [],
         "attention": [],
     }

@@ -16,6 +16,14 @@ from recipes.evaluate import (
     contiguous_head,
     scene_accuracy,
 )
+from recipes.workload import matmul_precision
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """A training run in this process leaves coarser ones behind."""
+    with matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,16 @@ from recipes.evaluate_scores import (
     score_stage1,
 )
 from recipes.retrieve import retrieve
+from recipes.workload import matmul_precision
 
 PICTURES = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """A training run in this process leaves coarser ones behind."""
+    with matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(scope="module")

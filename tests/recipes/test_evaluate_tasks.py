@@ -19,7 +19,9 @@ from recipes.evaluate import caption_sums, captions
 from recipes.evaluate_found import ImpossibleError, Options, Trained, TrainedStage1
 from recipes.evaluate_pictures import Pictures, spread
 from recipes.evaluate_prompts import Asker, mean_picture
+from recipes.evaluate_scores import caption_figures
 from recipes.shard_writer import write_shards
+from recipes.workload import matmul_precision
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 200)}
 GOOD = 7
@@ -45,6 +47,13 @@ def sample(index: int) -> dict[str, Any]:
         ][: 2 - index % 2],
     }
     return {"__key__": f"val-{index}", "png": png(index, colour), "json": meta}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """A training run in this process leaves coarser ones behind."""
+    with matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +176,9 @@ def test_captions_are_compared_with_those_of_other_pictures(trained, model):
     written = captions(model, held, max_new_tokens=6)
     assert found.described["written"] == written
     assert captions(model, held.shuffled(), max_new_tokens=6) == [written[-1], *written[:-1]]
+    for look, texts in {"": written, "_shuffled": [written[-1], *written[:-1]]}.items():
+        for name, sums in caption_figures(texts, held.samples).items():
+            assert found.figures[name + look].rows.tolist() == sums.rows.tolist()
     blind = captions(model, held.blind(mean_picture(held)), max_new_tokens=6)
     assert set(blind) == {found.described["written_blind"]}
     assert set(found.figures) == {

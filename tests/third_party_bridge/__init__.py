@@ -1,5 +1,6 @@
 """Someone else's package: it imports `bridges`, and `bridges` has not heard of it."""
 
 from third_party_bridge.bridge import AdapterBridge, BandResampler
+from third_party_bridge.cheats import DyingResampler, OtherOrder, StopAt
 
-__all__ = ["AdapterBridge", "BandResampler"]
+__all__ = ["AdapterBridge", "BandResampler", "DyingResampler", "OtherOrder", "StopAt"]
