@@ -112,7 +112,7 @@ def run_job(folder: Path) -> None:
     """
     job = Job.read(folder)
     # Of a config that cannot be read, the parser would else end the process.
-    os.environ["JSONARGPARSE_DEBUG"] = "1"
+    os.environ["JSONARGPARSE_DEBUG"] = "true"
     try:
         result = _result(folder, job)
     except Exception as error:  # whatever is wrong with one cell, the others go on

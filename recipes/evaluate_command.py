@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate(
-    run: Path,
+    run: str | Path,
     data: str,
     *,
     tasks: str | None = None,
@@ -116,8 +116,14 @@ def evaluate(
         command: what was typed, for the record.
 
     Raises:
-        ValueError: a task that is unknown, or was asked for and cannot be done; no good pictures.
+        ValueError: a task that is unknown, or was asked for and cannot be done; a number below 1;
+            fewer than two good pictures.
     """
+    run = Path(run)
+    sizes = {"pictures": pictures, "few": few, "questions": questions, "batch_size": batch_size}
+    for name, size in (sizes | {"max_new_tokens": max_new_tokens}).items():
+        if size is not None and size < 1:
+            raise ValueError(f"found --{name} {size}; expected at least 1")
     options = Options(
         data=data,
         labels=labels,

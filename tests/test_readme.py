@@ -75,5 +75,24 @@ def test_shards_train_and_caption_as_written(tmp_path):
     assert done.stdout.startswith("pictures/0.jpg\t")
 
 
+@pytest.mark.slow
+def test_the_comparison_runs_as_written(tmp_path):
+    """With one seed of two steps in place of half an hour."""
+    (line,) = re.findall(r"^bridges ablate .*$", README, flags=re.MULTILINE)
+    short = ["trainer.max_steps=2", "trainer.val_check_interval=2", "grid.seeds=[0]"]
+    short += ["grid.lr=null", "grid.evaluate.pictures=4", "grid.evaluate.max_new_tokens=4"]
+    program, *words = line.split()
+    done = subprocess.run(
+        [Path(sys.executable).with_name(program), *words, *short],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = (tmp_path / "runs/adapters_small/results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 8
+    assert (tmp_path / "runs/adapters_small/report.html").is_file()
+
+
 def test_nothing_is_left_to_be_filled_in():
     assert "_HERE" not in README

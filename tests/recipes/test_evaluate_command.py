@@ -170,6 +170,8 @@ def test_what_cannot_be_done_is_left_out_or_refused(run, tmp_path, capsys):
     assert "found task 'paint'" in capsys.readouterr().err
     assert call(*arguments, "--shots=many") == 2
     assert "--shots 'many'" in capsys.readouterr().err
+    assert call(*arguments, "--batch_size=0") == 2
+    assert "--batch_size 0; expected at least 1" in capsys.readouterr().err
 
 
 def test_skipped_samples_are_named(run, tmp_path):

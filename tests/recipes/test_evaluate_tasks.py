@@ -18,7 +18,7 @@ from recipes import evaluate_classify, evaluate_retrieval, evaluate_tasks
 from recipes.evaluate import caption_sums, captions
 from recipes.evaluate_found import ImpossibleError, Options, Trained, TrainedStage1
 from recipes.evaluate_pictures import Pictures, spread
-from recipes.evaluate_prompts import Asker, mean_picture
+from recipes.evaluate_prompts import Asker
 from recipes.evaluate_scores import caption_figures
 from recipes.shard_writer import write_shards
 from recipes.workload import matmul_precision
@@ -146,7 +146,7 @@ def test_scores_are_the_likelihood_of_training(trained, model):
     first = [{**s, "captions": s["captions"][:1]} for s in held.samples]
     own = caption_sums(model, type(held)(held.features, held.grid, first))[:, 0]
     torch.testing.assert_close(scores[:-1].diagonal(), -own, rtol=1e-5, atol=1e-5)
-    blind = held.blind(mean_picture(held))
+    blind = held.blind(held.features.mean(dim=0))
     unseen = caption_sums(model, type(held)(blind.features, held.grid, first))[:, 0]
     torch.testing.assert_close(scores[-1], -unseen, rtol=1e-5, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_captions_are_compared_with_those_of_other_pictures(trained, model):
     for look, texts in {"": written, "_shuffled": [written[-1], *written[:-1]]}.items():
         for name, sums in caption_figures(texts, held.samples).items():
             assert found.figures[name + look].rows.tolist() == sums.rows.tolist()
-    blind = captions(model, held.blind(mean_picture(held)), max_new_tokens=6)
+    blind = captions(model, held.blind(held.features.mean(dim=0)), max_new_tokens=6)
     assert set(blind) == {found.described["written_blind"]}
     assert set(found.figures) == {
         f"{name}{look}"
