@@ -3,13 +3,14 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from omegaconf import OmegaConf
@@ -19,16 +20,15 @@ from bridges.embedded import licences
 from bridges.files import write_json, write_text
 from recipes import ablation_plan as plan
 from recipes import ablation_report
-from recipes.ablation_fair import UnfairError, check_leaks, check_planned, skipped
-from recipes.ablation_grid import Cell, GridSpec, baseline_of, cells_of, get_key, read_grid
-from recipes.ablation_job import held_out_pictures
-from recipes.ablation_plan import LR, SCENES
+from recipes.ablation_fair import check_leaks, check_planned, skipped
+from recipes.ablation_grid import LR, Cell, GridSpec, baseline_of, cells_of, get_key, read_grid
+from recipes.ablation_job import held_out_pictures, named_samples
+from recipes.ablation_plan import SCENES
 from recipes.ablation_pool import Devices, run_local, run_on_ray
 from recipes.ablation_sweep import Runner, Sweep
 from recipes.ablation_table import AblationTable, summarise
-from recipes.cache import is_cached
 from recipes.locks import claim_run
-from recipes.report import pictures
+from recipes.report import described
 
 REPORT_FILES = ("report.html", "results.csv", "results.md", "results.json")
 """What a finished sweep writes, beside the runs."""
@@ -48,7 +48,7 @@ def ablate(
     devices: int | None = None,
     ray: str | None = None,
     ray_cpus: float = 1,
-    ray_gpus: float = 0,
+    ray_gpus: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> AblationTable:
@@ -69,7 +69,7 @@ def ablate(
             share of the cores, one core each by default.
         ray: address of a Ray cluster to run on, ``auto`` or ``local``; see `run_on_ray`.
         ray_cpus: that a run takes of the cluster.
-        ray_gpus: that a run takes of the cluster.
+        ray_gpus: that a run takes of the cluster; by default one where this machine has any.
         overrides: keys of the config with values, for every cell, before the grid's axes; or with
             ``grid.`` before them, keys of the grid.
         command: said in the report.
@@ -84,7 +84,12 @@ def ablate(
     started, console, folder = time.monotonic(), Console(), Path(out).absolute()
     name, spec = read_grid(grid, overrides)
     cells = cells_of(spec)
+    for file in REPORT_FILES:  # what an earlier start wrote would be taken for this one's
+        (folder / file).unlink(missing_ok=True)
     check_planned(cells, spec.match)
+    check_packages(ray)
+    if ray_gpus is None:
+        ray_gpus = 1 if torch.cuda.is_available() else 0
     where = None if ray else Devices.find(devices)
     placed = plan.place_data(cells, data or spec.data, console)
     runner: Runner = (
@@ -94,19 +99,12 @@ def ablate(
     )
     with claim_run(folder):
         write_json(folder / GRID_FILE, asdict(spec))
-        try:
-            with console.status("looking for held-out pictures that are trained on"):
-                samples = max(check_leaks(*split) for split in plan.splits(cells))
-            plan.fill_caches(cells)
-            sweep = Sweep(spec, cells, folder, runner, console)
-            sweep.match()
-            sweep.train()
-        except UnfairError:
-            # What an earlier start wrote would be taken for the result of this one.
-            for file in REPORT_FILES:
-                with suppress(FileNotFoundError):
-                    (folder / file).unlink()
-            raise
+        with console.status("looking for held-out pictures that are trained on"):
+            samples = max(check_leaks(*split) for split in plan.splits(cells))
+        sweep = Sweep(spec, cells, folder, runner, console)
+        sweep.lost |= plan.fill_caches(cells)
+        sweep.match()
+        sweep.train()
         if not sweep.runs:
             errors = [*sweep.lost.values(), *sweep.failed.values()]
             raise ValueError(
@@ -130,6 +128,18 @@ def ablate(
         write_text(folder / "results.md", ablation_report.markdown_table(results))
         write_text(folder / "report.html", ablation_report.render(results))
     return AblationTable(results, Path(out))
+
+
+def check_packages(ray: str | None) -> None:
+    """Refuses to begin what could not be reported, or placed.
+
+    Raises:
+        ImportError: naming the extra.
+    """
+    needed = {"matplotlib": "ablate"} | ({} if ray is None else {"ray": "ray"})
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise ImportError(f"found no {package}; expected it: pip install 'bridges[{extra}]'")
 
 
 def _results(sweep: Sweep, samples: int) -> dict[str, Any]:
@@ -195,6 +205,16 @@ def _fairness(sweep: Sweep, samples: int) -> dict[str, Any]:
         )
     else:
         said.append("All learning rates are those of the config: none was searched for.")
+    if any(cell.first is not None for cell in sweep.cells):
+        said.append(
+            "Cells with a first stage were trained for its steps as well: their FLOPs and seconds "
+            "are those of both stages. The blind cell has none, which would have seen pictures."
+        )
+    if len({run["fingerprints"].get("lm") for run in runs}) > 1:
+        said.append(
+            "Cells have different LMs, whose tokens are not the same: losses per token are neither "
+            "shown nor compared."
+        )
     if len(spec.seeds) == 1:
         said.append("There is one seed: intervals and tests speak of pictures, not of seeds.")
     if len(threads) > 1:
@@ -219,12 +239,12 @@ def _fairness(sweep: Sweep, samples: int) -> dict[str, Any]:
 
 
 def _shown(sweep: Sweep) -> list[dict[str, Any]]:
-    """The first held-out pictures; none where there are features only."""
-    job = next(iter(sweep.planned.values())).job
-    shards = held_out_pictures(job)
-    if any(is_cached(shard) for shard in shards):
-        return []
-    return pictures(shards, min(SHOWN, sweep.grid.evaluate.pictures))
+    """The first pictures that were scored; none where there are features only."""
+    key, run = next(iter(sweep.runs.items()))
+    names = run["scored"]["images"][:SHOWN]
+    return [
+        described(raw) for raw in named_samples(held_out_pictures(sweep.planned[key].job), names)
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -249,7 +269,9 @@ def main(arguments: Sequence[str]) -> None:
         "--ray", type=str | None, help="address of a Ray cluster to run on; 'auto', 'local'"
     )
     parser.add_argument("--ray_cpus", type=PositiveFloat, default=1.0, help="of each run on Ray")
-    parser.add_argument("--ray_gpus", type=float, default=0.0, help="of each run on Ray")
+    parser.add_argument(
+        "--ray_gpus", type=float | None, help="of each run on Ray; one by default, if there are any"
+    )
     parser.add_argument(
         "--dry_run", type=bool, default=False, help="say what would be trained, and train nothing"
     )
@@ -259,7 +281,7 @@ def main(arguments: Sequence[str]) -> None:
         help="KEY=VALUE of the config, for every cell, as trainer.max_steps=50; or of the grid, as "
         "'grid.seeds=[0]'",
     )
-    options = parser.parse_args(list(arguments))
+    options = parser.parse_args(_ordered(arguments))
     console = Console()
     overrides = _overrides(options.overrides)
     if options.dry_run:
@@ -295,6 +317,18 @@ def print_plan(name: str, spec: GridSpec, cells: Sequence[Cell], console: Consol
         console.print(text, soft_wrap=True, markup=False)
     runs = sum(len(cell.seeds) for cell in cells)
     console.print(f"{len(cells)} cells, {runs} runs, matched on {spec.match}", markup=False)
+
+
+def _ordered(arguments: Sequence[str]) -> list[str]:
+    """The same with KEY=VALUE first after the grid: argparse takes positionals in one place."""
+    moved: list[str] = []
+    rest: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        of_option = before.startswith("--") and "=" not in before
+        setting = "=" in argument and not argument.startswith("-") and not of_option
+        (moved if setting else rest).append(argument)
+    place = next((k for k, one in enumerate(rest) if not one.startswith("-")), len(rest)) + 1
+    return [*rest[:place], *moved, *rest[place:]]
 
 
 def _overrides(given: Sequence[str]) -> dict[str, Any]:

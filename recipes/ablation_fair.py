@@ -1,16 +1,31 @@
 """What makes a comparison unfair, found and refused: other data, other lengths, leaks."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from recipes.ablation_grid import Cell, Match, get_key
+from recipes.data import CaptionData
 from recipes.features import MEMBER
 from recipes.samples import IMAGE_EXTENSIONS
 from recipes.stream import ShardStream
+from recipes.training import DEFAULT_DATA
 
-_SOURCE_KEYS = ("shards", "val_shards", "seed", "shuffle_buffer", "batch_size", "task", "weight")
+_SOURCE_KEYS = (
+    *("shards", "val_shards", "seed", "shuffle_buffer", "batch_size", "task", "weight"),
+    *("max_caption_tokens", "max_tokens", "max_images", "min_similarity", "loss_before_image"),
+    *("num_frames", "fps", "decode", "on_error"),
+)
+_DEFAULTS = {
+    **{name: one.default for name, one in signature(CaptionData).parameters.items()},
+    "weight": 1.0,
+    "data_class": DEFAULT_DATA,
+    "mixing": "accumulate",
+    "accumulate_grad_batches": 1,
+}
 
 FAIR_KEYS = (
     "data_class",
@@ -43,6 +58,11 @@ def check_planned(cells: Sequence[Cell], match: Match) -> None:
         if cell.first is not None and (other := next(c for c in cells if c.first)) is not cell:
             keys = (*FAIR_KEYS, *LENGTH_KEYS)
             _compare(cell, other, lambda one: one.first or {}, keys, "first.")
+        if match in ("flops", "time") and any(cell.first for cell in cells):
+            raise UnfairError(
+                f"found a first stage with match: {match}; expected match: steps or params: what a "
+                "first stage costs is not part of the budget"
+            )
         if match in ("steps", "params"):
             _compare(cell, reference, lambda one: one.config, LENGTH_KEYS, "")
 
@@ -58,7 +78,7 @@ def _compare(
     names = {*(get_key(own, "data.sources") or {}), *(get_key(expected, "data.sources") or {})}
     sources = [f"data.sources.{name}.{key}" for name in sorted(names) for key in _SOURCE_KEYS]
     for key in (*keys, *sources):
-        found, wanted = get_key(own, key), get_key(expected, key)
+        found, wanted = _value(own, key), _value(expected, key)
         if found != wanted:
             what = (
                 "would not train as long"
@@ -70,6 +90,12 @@ def _compare(
                 f"as in {reference.name!r}: the cells {what}; give all cells the same by "
                 "`overrides`, or compare them in sweeps of their own"
             )
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a key, where there is none its default."""
+    found = get_key(config, key)
+    return _DEFAULTS.get(key.rpartition(".")[2]) if found is None else found
 
 
 def check_leaks(train: Sequence[Path], held_out: Sequence[Path]) -> int:
@@ -120,9 +146,13 @@ def _raw(shards: Sequence[Path]) -> Any:
 
 
 def _pictures(raw: Mapping[str, Any]) -> list[bytes]:
-    """A digest of each picture of a sample, or of its features."""
-    wanted = {*IMAGE_EXTENSIONS, *MEMBER.values()}
-    members = (bytes(x) for n, x in raw.items() if n.rpartition(".")[2] in wanted)
+    """A digest of each picture or clip of a sample, or of its features."""
+    wanted = {*IMAGE_EXTENSIONS, "mp4", *MEMBER.values()}
+    members = [bytes(x) for n, x in raw.items() if n.rpartition(".")[2] in wanted]
+    if "json" in raw and b"image_base64" in raw["json"]:  # a document of MMC4
+        described = json.loads(raw["json"])
+        inside = [one.get("image_base64") for one in described.get("image_info") or ()]
+        members += [one.encode() for one in inside if isinstance(one, str)]
     return [hashlib.blake2b(member, digest_size=16).digest() for member in members]
 
 

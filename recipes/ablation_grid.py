@@ -24,6 +24,16 @@ Config = dict[str, Any]
 GRID = "grid."
 """On the command line: keys of the grid itself begin with it."""
 
+LR = "model.optimizer.lr"
+
+RESERVED = {
+    "seed_everything": "give `seeds`, with which every cell is trained",
+    "run": "runs lie in the folder of the sweep",
+    "trainer.devices": "a cell is trained on one device",
+    "trainer.enable_progress_bar": "the sweep has a bar of its own",
+}
+"""Keys that the sweep itself sets, and what to do in their place."""
+
 FIRST = "first"
 """Of keys: settings of the first stage begin with it."""
 
@@ -87,7 +97,8 @@ class GridSpec:
             whose name is the key.
         cells: further cells: settings by name, on top of the base and `overrides`.
         controls: cells that are added: ``blind``, the baseline with a constant in the place of
-            the picture's features, and ``twin``, the baseline with other seeds.
+            the picture's features and without a first stage, and ``twin``, the baseline with
+            other seeds.
         baseline: the cell that all are compared with; the first one by default.
         seeds: of initialisation, dropout and other draws, not of the order of samples, which is
             the same for all.
@@ -162,7 +173,7 @@ def read_grid(
             raise ValueError(
                 f"found {path}, which is no YAML ({error}); expected a grid"
             ) from error
-    content = copy.deepcopy(content)
+    content: Any = copy.deepcopy(content)
     for key, value in (overrides or {}).items():
         if isinstance(content, dict):
             own = key.startswith(GRID)
@@ -189,6 +200,25 @@ def read_grid(
     return name, replace(parser.instantiate(parsed).grid, **changes)
 
 
+def check_spec(grid: GridSpec) -> None:
+    """Refuses what would be found wrong only after hours.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
+        raise ValueError(f"found seeds {grid.seeds}; expected at least one, and none twice")
+    scoring = grid.evaluate
+    if scoring.pictures < 2 or not (scoring.captions or scoring.likelihood):
+        raise ValueError(
+            f"found evaluate: {scoring}; expected at least 2 pictures, and captions or likelihood"
+        )
+    if grid.lr is not None and (not grid.lr.values or grid.lr.steps < 4):
+        raise ValueError(
+            f"found lr: {grid.lr}; expected at least one value and 4 steps, or `lr: null`"
+        )
+
+
 def cells_of(grid: GridSpec) -> list[Cell]:
     """The cells of a grid, controls last.
 
@@ -196,20 +226,18 @@ def cells_of(grid: GridSpec) -> list[Cell]:
         ValueError: no such config, a name twice, no such baseline, a bridge that cannot be made
             blind, or a setting that is none.
     """
-    if not grid.seeds or len(set(grid.seeds)) < len(grid.seeds):
-        raise ValueError(f"found seeds {grid.seeds}; expected at least one, and none twice")
+    check_spec(grid)
     base = _load(grid.base)
     first = None if grid.first is None else _load(grid.first)
     cells: list[Cell] = []
     for name, settings, changes in [*_combinations(grid), *_further(grid)]:
         config, before = copy.deepcopy(base), copy.deepcopy(first)
+        for change in changes:
+            _check_keys(grid, change, name)
         for change in (grid.overrides, *changes):
             before = _apply(config, before, change, name)
         cells.append(Cell(name, settings, config, before, list(grid.seeds)))
-    names = [cell.name for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"found the cell {twice[0]!r} twice; expected a name of its own for each")
+    _check_names(cells)
     baseline = baseline_of(grid, cells)
     if "blind" in grid.controls:
         cells.append(_blind(baseline))
@@ -226,6 +254,7 @@ def cells_of(grid: GridSpec) -> list[Cell]:
                 baseline.name,
             )
         )
+    _check_names(cells)
     return cells
 
 
@@ -274,6 +303,13 @@ def set_key(config: Config, key: str, value: Any) -> None:
                 f"found {inner!r} at {part!r} of the key {key!r}; expected a mapping there"
             )
     inner[last] = copy.deepcopy(value)
+
+
+def _check_names(cells: list[Cell]) -> None:
+    names = [cell.name for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"found the cell {twice[0]!r} twice; expected a name of its own for each")
 
 
 def _set_override(content: Config, key: str, value: Any) -> None:
@@ -328,6 +364,18 @@ def _further(grid: GridSpec) -> Iterator[tuple[str, dict[str, str], list[Any]]]:
         yield name, {}, [change]
 
 
+def _check_keys(grid: GridSpec, change: Any, name: str) -> None:
+    """Refuses keys of a cell that the sweep itself sets: they would be of no effect."""
+    own = dict(RESERVED)
+    if grid.lr is not None:
+        own[LR] = "leave `lr` out of the grid to compare rates"
+    for key in change if isinstance(change, Mapping) else ():
+        if key in own:
+            raise ValueError(
+                f"found {key} in the cell {name!r}; expected no cell to set it: {own[key]}"
+            )
+
+
 def _apply(config: Config, first: Config | None, change: Any, name: str) -> Config | None:
     """Changes a config in place; returns that of the first stage."""
     if not isinstance(change, Mapping):
@@ -360,5 +408,7 @@ def _blind(baseline: Cell) -> Cell:
     config = copy.deepcopy(baseline.config)
     blind = {"class_path": BLIND, "init_args": {"resampler": copy.deepcopy(resampler)}}
     set_key(config, RESAMPLER, blind)
-    first = copy.deepcopy(baseline.first)
-    return Cell("blind", baseline.settings, config, first, baseline.seeds, "blind")
+    # A first stage has seen pictures, and a blind bridge must not have.
+    if "init_from" in config["model"]:
+        config["model"]["init_from"] = None
+    return Cell("blind", baseline.settings, config, None, baseline.seeds, "blind")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -138,17 +138,29 @@ def _result(folder: Path, job: Job) -> dict[str, Any]:
         "init_args": {"folder": str(run), "order_samples": job.order_samples},
     }
     trainer = job.config["trainer"]
+    steps = trainer.get("max_steps") or -1
     trainer = trainer | {"callbacks": [*(trainer.get("callbacks") or []), measure]}
-    config = job.config | {"trainer": trainer, "run": str(run)}
+    # What the workers are made for, and not what else a machine may have.
+    trainer.setdefault("accelerator", "cuda" if torch.cuda.is_available() else "cpu")
+    every = min(
+        job.config.get("checkpoint_every") or 500, max(10, steps // 2) if steps > 0 else 500
+    )
+    config = job.config | {"trainer": trainer, "run": str(run), "checkpoint_every": every}
     # JSON is YAML, and has no anchors, tags or octal surprises.
     write_text(folder / "config.yaml", json.dumps(config, indent=2))
     write_text(folder / "begun", job.digest)
     arguments = [f"--config={folder / 'config.yaml'}"]
     _, module = train_module([*arguments, *(["--resume=true"] if resume else [])])
+    if resume and not _ended(run):
+        # It was killed between its last checkpoint and its end: no step was left to be made, so
+        # that nothing has written down what it was.
+        rmtree(run)
+        _, module = train_module(arguments)
+    # Lightning leaves a module on the CPU.
+    module.to(module.trainer.strategy.root_device)
     data: Any = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     provenance = json.loads((run / PROVENANCE_FILE).read_text(encoding="utf-8"))
     measured = json.loads((run / MEASURED_FILE).read_text(encoding="utf-8"))
-    steps = trainer.get("max_steps") or -1
     flops = measured["flops_per_step"]
     result = {
         **measured,
@@ -168,8 +180,10 @@ def _result(folder: Path, job: Job) -> dict[str, Any]:
     }
     if job.scoring is not None:
         source = next(one for one in sources_of(data) if one.task in PAIRS)
-        result["scored"] = _scored(module, source, job.scoring).to_json()
-        result["attention"] = attention(module, held_out_pictures(job), job.scoring.attention)
+        scored = _scored(module, source, job.scoring)
+        result["scored"] = scored.to_json()
+        looked_at = scored.images[: job.scoring.attention]
+        result["attention"] = attention(module, held_out_pictures(job), looked_at)
     # A finished run is never resumed, and Adam's moments are most of its bytes.
     rmtree(run / "checkpoints")
     return result
@@ -181,6 +195,15 @@ def _began_as(folder: Path, job: Job) -> bool:
         return (folder / "begun").read_text(encoding="utf-8") == job.digest
     except OSError:
         return False
+
+
+def _ended(run: Path) -> bool:
+    """Whether a run has written down what it was."""
+    try:
+        provenance = json.loads((run / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "seconds" in provenance and (run / MEASURED_FILE).is_file()
 
 
 def visual_tokens(module: BridgeModule) -> int:
@@ -208,7 +231,8 @@ def _logged(run: Path) -> Mapping[str, Any]:
 
 def _scored(module: BridgeModule, source: CaptionData, scoring: Scoring) -> Scored:
     module.eval()
-    held_out = HeldOut.collect(source.val_dataloader(), module.vision).first(scoring.pictures)
+    batches = islice(source.val_dataloader(), -(-scoring.pictures // source.batch_size))
+    held_out = HeldOut.collect(batches, module.vision).first(scoring.pictures)
     if isinstance(module, Stage1Module):
         return score_stage1(module.stage1, module.vision, held_out)
     model: VisionLanguageModel = module.vlm  # pyright: ignore[reportAttributeAccessIssue,reportAssignmentType]
@@ -241,21 +265,38 @@ def held_out_pictures(job: Job) -> list[Path]:
     return split_shards(pairs[0]["shards"], pairs[0].get("val_shards"))[1]
 
 
+def named_samples(shards: Sequence[Path], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Raw samples of some names that `Scored.images` has, in their order; none of features."""
+    if any(map(is_cached, shards)):
+        return
+    stream = ShardStream(
+        list(shards), dict, seed=0, shuffle=False, on_error="skip", max_bad_fraction=1.0
+    )
+    wanted = list(names)
+    for raw in stream.iterate() if wanted else ():
+        if raw["__key__"] == wanted[0]:
+            wanted.pop(0)
+            yield raw
+        if not wanted:
+            return
+
+
 @torch.no_grad()
-def attention(module: BridgeModule, shards: Sequence[Path], count: int) -> list[str | None]:
-    """What the words of a model's captions look at, drawn over the first held-out pictures.
+def attention(
+    module: BridgeModule, shards: Sequence[Path], names: Sequence[str]
+) -> list[str | None]:
+    """What the words of a model's captions look at, drawn over some held-out pictures.
 
     Returns:
         Data URIs; None for a picture whose caption looks at nothing; empty for a model whose
         attention cannot be read, or shards without pictures.
     """
-    if not isinstance(module, CaptionModule) or not count or any(map(is_cached, shards)):
+    if not isinstance(module, CaptionModule):
         return []
     model: VisionLanguageModel = module.vlm
     drawn_pictures: list[str | None] = []
     with TemporaryDirectory() as folder:
-        stream = ShardStream(list(shards), dict, seed=0, shuffle=False)
-        for place, raw in enumerate(islice(stream, count)):
+        for place, raw in enumerate(named_samples(shards, names)):
             extension = image_extension(raw)
             path = Path(folder) / f"{place}.{extension}"
             path.write_bytes(raw[extension])

@@ -10,6 +10,7 @@ import torch
 from bridges import LanguageModel, VisionEncoder, bridge_factory
 from bridges.contract import DecoderShape, VisionShape
 from bridges.language import LoRA
+from recipes.ablation_fair import UnfairError
 from recipes.ablation_grid import RESAMPLER, Config, get_key, set_key
 
 TOLERANCE = 0.05
@@ -127,16 +128,18 @@ def _step(start: int, count: Callable[[int], int | None]) -> int:
     )
 
 
-def budget_of(match: str, given: float | None, baseline: Mapping[str, Any], steps: int) -> float:
-    """FLOPs or seconds that every cell is to take.
+def check_size(name: str, found: int, reference: str, wanted: int) -> None:
+    """Refuses a run whose trainable parameters, all of them, are not those of another one.
 
-    Args:
-        match: ``flops`` or ``time``.
-        given: by the grid; None for the baseline's.
-        baseline: what its trial has measured.
-        steps: of the baseline.
+    Raises:
+        UnfairError: more than twice `TOLERANCE` apart: each may be so far from the budget.
     """
-    return given or baseline[PER_STEP[match]] * steps
+    if abs(found - wanted) > 2 * TOLERANCE * wanted:
+        raise UnfairError(
+            f"found {found:,} trainable parameters in {name!r}; expected about {wanted:,}, as in "
+            f"{reference!r}: something beside the bridge is trained, or the size was not heeded; "
+            "take it out, or choose another `match`"
+        )
 
 
 PER_STEP = {"flops": "flops_per_step", "time": "seconds_per_step"}

@@ -1,9 +1,13 @@
 """From cells to jobs: what data they read, what they are matched on, where each run goes."""
 
 import copy
+import hashlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,16 @@ from rich.console import Console
 
 from bridges import VisionEncoder
 from bridges.embedded import cache_dir
-from recipes.ablation_grid import FIRST, Cell, Config, GridSpec, get_key, set_key
+from recipes.ablation_grid import FIRST, LR, Cell, Config, GridSpec, get_key, set_key
 from recipes.ablation_job import RUN, Job
 from recipes.ablation_match import STEPS, TRIAL_STEPS, count_trainable, solve_size
-from recipes.cache import cache_features
+from recipes.cache import cache_features, is_cached
 from recipes.data import CaptionData
 from recipes.demo import scene_shards
+from recipes.shard_index import each_index
 
 SCENES = "scenes"
 EMOJI_SCENES = "emoji scenes"
-LR = "model.optimizer.lr"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def place_data(cells: Sequence[Cell], data: str | None, console: Console) -> str
         What the data are called.
     """
     shards = str(scene_shards(console)) if data == SCENES else data
+    if shards is not None and "://" not in shards:
+        shards = os.path.abspath(shards)  # a worker, or a node of a cluster, may be elsewhere
     for config in _configs(cells):
         for name, source in _sources(config).items():
             if shards is not None:
@@ -58,23 +64,39 @@ def place_data(cells: Sequence[Cell], data: str | None, console: Console) -> str
                 source["feature_cache"] = str(cache_dir() / "features")
         set_key(config, "trainer.devices", 1)
         set_key(config, "trainer.enable_progress_bar", False)
-    return EMOJI_SCENES if data == SCENES else str(shards or get_key(cells[0].config, "data"))
+    named = (str(source.get("shards")) for source in _sources(cells[0].config).values())
+    return EMOJI_SCENES if data == SCENES else shards or ", ".join(named)
 
 
-def fill_caches(cells: Sequence[Cell]) -> None:
-    """Computes the features that cells share, once, before any of them waits for another."""
+def fill_caches(cells: Sequence[Cell]) -> dict[str, str]:
+    """Computes the features that cells share, once, before any of them waits for another.
+
+    Returns:
+        Cells whose features cannot be had, and why.
+    """
+    lost: dict[str, str] = {}
     done: list[Any] = []
-    for config in _configs(cells):
-        vision, sources = config["model"]["vision"], _sources(config)
-        if [vision, sources] in done:
-            continue
-        done.append([vision, copy.deepcopy(sources)])
-        encoder: VisionEncoder | None = None
+    for cell in cells:
+        for config in filter(None, (cell.first, cell.config)):
+            vision, sources = config["model"]["vision"], _sources(config)
+            if [vision, sources] in done:
+                continue
+            try:
+                _fill_cache(vision, sources)
+            except (ValueError, OSError, RuntimeError) as error:
+                lost[cell.name] = f"{type(error).__name__}: {error}"
+            else:
+                done.append([copy.deepcopy(vision), copy.deepcopy(sources)])
+    return lost
+
+
+def _fill_cache(vision: Config, sources: Mapping[str, Config]) -> None:
+    encoder = VisionEncoder.load(**vision)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
         for data in map(_data, sources.values()):
-            if encoder is None:
-                encoder = VisionEncoder.load(**vision)
-                encoder.to("cuda" if torch.cuda.is_available() else "cpu")
             for shards in filter(None, (data.train_shards, data.held_out_shards)):
+                _check_room(shards, encoder, Path(str(data.feature_cache)))
                 cache_features(
                     shards,
                     encoder,
@@ -84,40 +106,74 @@ def fill_caches(cells: Sequence[Cell]) -> None:
                     form=data.cache_form(),
                     decode=data.decode,
                 )
+    finally:
+        # The first worker needs the memory of the device.
+        del encoder
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _check_room(shards: Sequence[Path], encoder: VisionEncoder, cache: Path) -> None:
+    """Refuses a cache for which the disk has no room, as far as one picture a sample tells."""
+    if any(map(is_cached, shards)):
+        return
+    samples = sum(len(index) for index in each_index(list(shards), progress=True))
+    needed = samples * encoder.shape.num_patches * encoder.shape.dim * 2
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if (free := shutil.disk_usage(there).free) < needed and not any(cache.glob("*/features.json")):
+        raise OSError(
+            f"found {free:,} bytes free for features at {cache}; expected about {needed:,}, for "
+            f"{samples:,} samples: set data.feature_cache to a folder on a larger disk, or give "
+            "features that `bridges cache` has made in a smaller form (int8) as data.shards"
+        )
 
 
 def splits(cells: Sequence[Cell]) -> list[tuple[list[Path], list[Path]]]:
-    """Training and held-out shards of all that is trained, each pair once."""
+    """Of each cell, all that it is trained on and all that is held out, its first stage's too."""
     found: list[tuple[list[Path], list[Path]]] = []
-    for config in _configs(cells):
-        each = [_data(source) for source in _sources(config).values()]
-        train = [shard for data in each for shard in data.train_shards]
-        held_out = [shard for data in each for shard in data.held_out_shards]
+    for cell in cells:
+        configs = [config for config in (cell.first, cell.config) if config is not None]
+        each = [_data(source) for config in configs for source in _sources(config).values()]
+        train = list(dict.fromkeys(shard for data in each for shard in data.train_shards))
+        held_out = list(dict.fromkeys(s for data in each for s in data.held_out_shards))
         if (train, held_out) not in found:
             found.append((train, held_out))
     return found
 
 
-def solve_sizes(cells: Sequence[Cell], baseline: Cell, grid: GridSpec) -> dict[str, dict[str, Any]]:
-    """Matches trainable parameters; returns by cell what was solved for."""
+def solve_sizes(
+    cells: Sequence[Cell], baseline: Cell, grid: GridSpec
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Matches trainable parameters.
+
+    Returns:
+        By cell what was solved for; and cells that cannot be matched, and why.
+
+    Raises:
+        ValueError: the baseline cannot be built.
+    """
     budget = grid.budget or count_trainable(baseline.config)
-    return {
-        cell.name: solve_size(cell.config, grid.size_key, budget, cell.name)
-        for cell in cells
-        if grid.budget or cell.config != baseline.config
-    }
+    solved, lost = {}, {}
+    for cell in cells:
+        if not grid.budget and cell.config == baseline.config:
+            continue
+        try:
+            solved[cell.name] = solve_size(cell.config, grid.size_key, budget, cell.name)
+        except ValueError as error:
+            lost[cell.name] = str(error)
+    return solved, lost
 
 
 def trials(cells: Sequence[Cell], grid: GridSpec, out: Path) -> dict[str, Planned]:
-    """Short runs that measure FLOPs or seconds of a step, by cell; without the first stage."""
+    """Short runs that measure FLOPs or seconds of a step, by cell; a twin has its cell's."""
     found = {}
     for cell in cells:
+        if cell.kind == "twin":
+            continue
         config = seeded(cell.config, cell.seeds[0])
         _short(config, TRIAL_STEPS[grid.match])
-        set_key(config, "model.init_from", None)
-        found[cell.name] = Planned(
-            Job(f"{cell.name}, trial", config, 0), out / "trials" / slug(cell.name)
-        )
+        job = Job(f"{cell.name}, trial", config, 0)
+        found[cell.name] = Planned(job, out / "trials" / slug(cell.name))
     return found
 
 
@@ -158,13 +214,19 @@ def sweeps(
 
 
 def mains(
-    cells: Sequence[Cell], grid: GridSpec, first: Mapping[tuple[str, int], Planned], out: Path
+    cells: Sequence[Cell],
+    grid: GridSpec,
+    first: Mapping[tuple[str, int], Planned],
+    out: Path,
+    without: Collection[tuple[str, int]] = (),
 ) -> dict[tuple[str, int], Planned]:
-    """The runs that are compared, by cell and seed."""
+    """The runs that are compared, by cell and seed, but for those without a first stage."""
     order = min((n for n in map(_samples, cells) if n), default=0)
     found: dict[tuple[str, int], Planned] = {}
     for cell in cells:
         for seed in cell.seeds:
+            if (cell.name, seed) in without:
+                continue
             config = after(seeded(cell.config, seed), first.get((cell.name, seed)))
             scoring = grid.evaluate
             if seed != cell.seeds[0]:
@@ -180,8 +242,9 @@ def seeded(config: Config, seed: int) -> Config:
 
 
 def slug(name: str) -> str:
-    """A cell's name as that of a folder."""
-    return re.sub(r"[^\w.]+", "-", name).strip("-") or "cell"
+    """A cell's name as that of a folder, which no other name has, in any case of its letters."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name).strip('-')[:60]}-{digest}"
 
 
 def _short(config: Config, steps: int) -> None:
@@ -197,11 +260,14 @@ def _short(config: Config, steps: int) -> None:
 
 
 def _samples(cell: Cell) -> int:
-    """Samples that a cell is trained on, as far as its config says so; else 0."""
+    """Samples that a cell is trained on at least, as far as its config says so; else 0.
+
+    Fewer than all where gradients are accumulated: an epoch may end in the midst of a step.
+    """
     steps = get_key(cell.config, STEPS) or 0
-    batches = [source.get("batch_size", 24) for source in _sources(cell.config).values()]
-    size = min(batches) if get_key(cell.config, "data.mixing") == "round_robin" else sum(batches)
-    return max(0, steps) * size * (get_key(cell.config, "trainer.accumulate_grad_batches") or 1)
+    sizes = [_data(source).batch_size for source in _sources(cell.config).values()]
+    turn = min(sizes) if get_key(cell.config, "data.mixing") == "round_robin" else sum(sizes)
+    return max(0, steps) * turn
 
 
 def _configs(cells: Sequence[Cell]) -> list[Config]:
@@ -215,4 +281,8 @@ def _sources(config: Config) -> dict[str, Config]:
 
 
 def _data(source: Config) -> CaptionData:
-    return CaptionData(**{key: value for key, value in source.items() if key != "weight"})
+    try:
+        return CaptionData(**{key: value for key, value in source.items() if key != "weight"})
+    except TypeError as error:
+        known = ", ".join(list(signature(CaptionData).parameters))
+        raise ValueError(f"found data that cannot be read ({error}); expected {known}") from error

@@ -88,7 +88,7 @@ def run_local(devices: Devices, logs: Path, folders: Sequence[Path], finished: F
         try:
             while not stop.is_set():
                 folder = todo.get_nowait()
-                worker.run(folder)
+                worker.run(folder, stop)
                 answers.put(folder)
         except queue.Empty:
             pass
@@ -107,6 +107,10 @@ def run_local(devices: Devices, logs: Path, folders: Sequence[Path], finished: F
     finally:
         stop.set()
         for worker in workers:
+            worker.end()
+        for thread in threads:
+            thread.join()
+        for worker in workers:  # one that a thread had just begun
             worker.end()
 
 
@@ -135,11 +139,13 @@ def run_on_ray(
         raise ImportError("--ray needs Ray: pip install 'bridges[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}}
+        threads = str(max(1, int(cpus)))
+        environment = {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONPATH": _import_path()}}
         where: Any = {} if address == "local" else {"address": address}
         if address == "local":
             where = {"include_dashboard": False}
         ray.init(runtime_env=environment, log_to_driver=False, **where)
+    waiting: dict[Any, Path] = {}
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_ray_job)
         waiting = {task.remote(str(folder)): folder for folder in folders}
@@ -152,6 +158,8 @@ def run_on_ray(
                 _fail(folder, f"the Ray task ended without a result: {error}")
             finished(folder)
     finally:
+        for task_left in waiting:
+            ray.cancel(task_left, force=True)
         if started:
             ray.shutdown()
 
@@ -169,7 +177,7 @@ class _Worker:
     def __init__(self, number: int, devices: Devices, logs: Path) -> None:
         self.log = logs / f"worker-{number}.log"
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": _import_path(),
             # A folder that is called like one of our packages is none of them.
             "PYTHONSAFEPATH": "1",
         }
@@ -182,17 +190,18 @@ class _Worker:
                 self.environment[name] = str(devices.threads)
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, folder: Path) -> None:
-        """Runs a job to its end; afterwards it has a result."""
+    def run(self, folder: Path, stop: threading.Event) -> None:
+        """Runs a job to its end; afterwards it has a result, unless all were stopped."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         said = ""
-        with suppress(BrokenPipeError):
+        with suppress(OSError, ValueError):  # a pipe that is broken, or closed by `end`
             process.stdin.write(f"{folder}\n")
             process.stdin.flush()
             said = process.stdout.readline()
-        if said.strip() != DONE:
-            code = process.wait()
+        if said.strip() != DONE and not stop.is_set():
+            # What says something else is not asked again.
+            code = process.wait() if not said else process.kill() or process.wait()
             self.end()
             _fail(folder, f"its process ended with code {code} (-9: killed, perhaps out of "
                   f"memory); what it said is in {self.log}")  # fmt: skip
@@ -221,6 +230,11 @@ class _Worker:
                     env=self.environment,
                 )
         return self._process
+
+
+def _import_path() -> str:
+    """What this process imports from, for one that is to find a user's classes too."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def _cores() -> int:

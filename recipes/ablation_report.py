@@ -25,6 +25,9 @@ BETTER, WORSE = "▲", "▼"
 
 NONE = "–"
 
+FIRST_COSTS = 2
+"""On the terminal."""
+
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 FIRST_METRICS, MORE_METRICS = 2, 5

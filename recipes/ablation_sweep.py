@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bridges.files import remove_orphans
 from recipes import ablation_plan as plan
 from recipes.ablation_fair import check_run
-from recipes.ablation_grid import Cell, GridSpec, baseline_of, get_key, set_key
+from recipes.ablation_grid import LR, Cell, GridSpec, baseline_of, get_key, set_key
 from recipes.ablation_job import RESULT_FILE, read_outcome, read_result
-from recipes.ablation_match import PER_STEP, STEPS, solve_steps
-from recipes.ablation_plan import LR, Planned
+from recipes.ablation_match import PER_STEP, STEPS, check_size, solve_steps
+from recipes.ablation_plan import Planned
 from recipes.ablation_pool import Finished
 
 Result = dict[str, Any]
@@ -65,11 +65,17 @@ class Sweep:
         """
         baseline = baseline_of(self.grid, list(self.cells))
         if self.grid.match == "params":
-            self.solved = plan.solve_sizes(self.cells, baseline, self.grid)
+            self.solved, lost = plan.solve_sizes(self._left(), baseline, self.grid)
+            self.lost |= lost
         if self.grid.match not in PER_STEP:
             return
-        trials = plan.trials(self.cells, self.grid, self.out)
-        found = self._run("trials", trials.values())
+        trials = plan.trials(self._left(), self.grid, self.out)
+        # One after the other, so that all are timed alike.
+        each = [[one] for one in trials.values()]
+        together = each if self.grid.match == "time" else [list(trials.values())]
+        found: dict[Path, Result] = {}
+        for jobs in together:
+            found |= self._run("trials", jobs)
         measured = {name: found[one.folder] for name, one in trials.items()}
         for name, result in measured.items():
             if "error" in result:
@@ -81,14 +87,16 @@ class Sweep:
             )
         key = PER_STEP[self.grid.match]
         steps = get_key(baseline.config, STEPS)
-        if not isinstance(steps, int) or steps < 1:
+        if self.grid.budget is None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(
                 f"found {STEPS}: {steps} in the baseline; expected its number of steps: the budget "
                 f"of match: {self.grid.match} is what they cost"
             )
         budget = self.grid.budget or measured[baseline.name][key] * steps
         for cell in self._left():
-            solved = solve_steps(budget, measured[cell.name][key])
+            solved = solve_steps(budget, measured[cell.twin_of or cell.name][key])
+            for other in ("max_epochs", "max_time"):
+                cell.config["trainer"].pop(other, None)
             set_key(cell.config, STEPS, solved)
             self.solved[cell.name] = {STEPS: solved}
 
@@ -100,26 +108,37 @@ class Sweep:
         """
         firsts = plan.firsts(self._left(), self.out)
         begun = self._run("first stages", firsts.values(), check=self._check)
-        for (cell, _), one in firsts.items():
+        for key, one in firsts.items():
             if "error" in begun[one.folder]:
-                self.lost.setdefault(cell, f"its first stage: {begun[one.folder]['error']}")
+                self.failed[key] = f"its first stage: {begun[one.folder]['error']}"
         self._choose_rates(firsts)
-        self.planned = plan.mains(self._left(), self.grid, firsts, self.out)
+        self.planned = plan.mains(self._left(), self.grid, firsts, self.out, self.failed)
         found = self._run("runs", self.planned.values(), check=self._check)
         for key, one in self.planned.items():
             result = found[one.folder]
             if "error" in result:
                 self.failed[key] = result["error"]
             else:
-                self.runs[key] = result
+                before = begun[firsts[key].folder] if key in firsts else {}
+                self.runs[key] = result | {
+                    cost: result[cost] + before.get(cost, 0) for cost in ("train_flops", "seconds")
+                }
 
     def _choose_rates(self, firsts: Mapping[tuple[str, int], Planned]) -> None:
+        if self.grid.lr is None:
+            return
+        for cell in self._left():
+            if (cell.name, cell.seeds[0]) in self.failed and cell.twin_of is None:
+                self.lost[cell.name] = self.failed[cell.name, cell.seeds[0]]
         trials = plan.sweeps(self._left(), self.grid, firsts, self.out)
         found = self._run("learning rates", trials.values())
         for (cell, lr), one in trials.items():
             self.rates.setdefault(cell, {})[lr] = final_loss(found[one.folder])
-        for cell in self._left() if trials else ():
+        for cell in self._left():
             if cell.twin_of is not None:
+                if cell.twin_of in self.lost:
+                    self.lost[cell.name] = self.lost[cell.twin_of]
+                    continue
                 self.rates[cell.name] = self.rates[cell.twin_of]
             known = {r: x for r, x in self.rates[cell.name].items() if x is not None}
             if known:
@@ -192,7 +211,7 @@ class Sweep:
         whole = {one["name"]: one for one in results if "error" not in one}
         same = ["sample_order_digest"]
         if self.grid.match in ("steps", "params"):
-            same += ["steps", "samples"]
+            same += ["steps", "samples", "order_digest"]
         references: dict[str, tuple[str, Result]] = {}
         for name, run in whole.items():
             other, first = references.setdefault("", (name, run))
@@ -200,6 +219,12 @@ class Sweep:
             # Features of another encoder are other features.
             other, alike = references.setdefault(run["fingerprints"]["vision"], (name, run))
             check_run(name, run, {"features_digest": alike["features_digest"]}, other)
+            if "scored" in run:
+                other, first = references.setdefault("scored", (name, run))
+                shown = {"held-out pictures": first["scored"]["images"]}
+                check_run(name, {"held-out pictures": run["scored"]["images"]}, shown, other)
+            if self.grid.match == "params" and "scored" in run:
+                check_size(name, run["trainable_parameters"], other, first["trainable_parameters"])
             wanted = run["planned_steps"]
             if wanted is not None:
                 check_run(name, run, {"steps": wanted}, "its plan")

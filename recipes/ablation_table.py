@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from recipes.ablation_grid import Cell
 from recipes.ablation_report import run_rows
 from recipes.bootstrap import Sums, compare, holm, interval
@@ -27,6 +29,16 @@ COSTS = (
     "seconds",
 )
 """What a run costs, by its key."""
+
+GAIN = "picture_gain"
+"""Loss with another's picture, less that with the right one: what a bridge tells of pictures.
+
+A reader that adapts the LM to the captions lowers the loss without a look at any picture; this it
+does not raise.
+"""
+
+OF_OTHERS = "nll_"
+"""Losses with other pictures begin with it: to have less of them is not better, or worse."""
 
 PRIMARY = ("nll", "text_to_image_recall@1")
 """The metric that a report is sorted by, whichever there is first."""
@@ -87,9 +99,16 @@ def summarise(
         The cells, and the metrics with title and direction, the primary one first.
     """
     scored = {key: _figures(run) for key, run in runs.items()}
-    everywhere = [n for n in TITLES if scored and all(n in figures for figures in scored.values())]
+    titles = {**TITLES, GAIN: "what the right picture is worth (nats per token)"}
+    better = {**BETTER, GAIN: "higher"}
+    everywhere = [n for n in titles if scored and all(n in figures for figures in scored.values())]
+    if len({run["fingerprints"].get("lm") for run in runs.values()}) > 1:
+        # Another tokenizer's token is another unit.
+        everywhere = [name for name in everywhere if not name.startswith("nll")] or everywhere
     # What stands first is what a reader sees on a phone: the baselines of the loss come last.
-    metrics = sorted(everywhere, key=lambda n: (n not in PRIMARY, n.startswith("nll_")))
+    metrics = sorted(
+        everywhere, key=lambda n: (n not in PRIMARY, n != GAIN, n.startswith(OF_OTHERS))
+    )
     finished = {cell.name: [s for s in cell.seeds if (cell.name, s) in runs] for cell in cells}
     places = {
         cell.name: [k for k, seed in enumerate(cell.seeds) if seed in finished[cell.name]]
@@ -130,24 +149,34 @@ def summarise(
     if finished[baseline]:
         for one in tested:
             both = sorted({*places[one["name"]]} & {*places[baseline]})
+            if len(both) < min(2, len(by_name[baseline].seeds)):
+                continue  # one seed of several would speak of pictures alone
             pairs = [
                 [(by_name[n].name, by_name[n].seeds[k]) for k in both]
                 for n in (one["name"], baseline)
             ]
             one["against_baseline"] = {
                 name: _compared(*([scored[key][name] for key in keys] for keys in pairs))
-                for name in (metrics if both else ())
+                for name in metrics
+                if not name.startswith(OF_OTHERS)
             }
         for name in metrics:
+            if name.startswith(OF_OTHERS):
+                continue
             _adjust([one for one in tested if one["kind"] == "cell"], name)
             for one in tested:
                 if one["kind"] != "cell":
                     _adjust([one], name)
-    return found, {name: {"title": TITLES[name], "better": BETTER[name]} for name in metrics}
+    return found, {name: {"title": titles[name], "better": better[name]} for name in metrics}
 
 
 def _figures(run: Mapping[str, Any]) -> dict[str, Sums]:
-    return {n: Sums.from_json(sums) for n, sums in run["scored"]["figures"].items()}
+    figures = {n: Sums.from_json(sums) for n, sums in run["scored"]["figures"].items()}
+    if "nll_shuffled" in figures:
+        right, others = figures["nll"].rows, figures["nll_shuffled"].rows
+        gain = np.stack([others[:, 0] - right[:, 0], right[:, 1]], axis=1)
+        figures[GAIN] = Sums("ratio", gain)
+    return figures
 
 
 def _compared(own: Sequence[Sums], other: Sequence[Sums]) -> dict[str, float]:
@@ -155,7 +184,7 @@ def _compared(own: Sequence[Sums], other: Sequence[Sums]) -> dict[str, float]:
 
 
 def _adjust(cells: Sequence[Mapping[str, Any]], metric: str) -> None:
-    there = [c["against_baseline"][metric] for c in cells if metric in c["against_baseline"]]
+    there = [c["against_baseline"][metric] for c in cells if c["against_baseline"]]
     for comparison, p in zip(there, holm([one["p"] for one in there]), strict=True):
         comparison["p_adjusted"] = p
 

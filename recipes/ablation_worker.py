@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -20,17 +21,22 @@ DONE = "done"
 
 def main() -> None:
     """Runs jobs until the input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Of its own: a loader's forked workers close `sys.stdin`, and would wait for ever for the
+    # thread that reads it; and what libraries print must not be taken for an answer.
+    asked = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    os.dup2(2, 1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     jobs: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_read, args=(asked, jobs), daemon=True).start()
     while True:
         run_job(Path(jobs.get()))
         print(DONE, file=answers, flush=True)
 
 
-def _read(jobs: "queue.Queue[str]") -> None:
-    for line in sys.stdin:
+def _read(asked: TextIO, jobs: "queue.Queue[str]") -> None:
+    for line in asked:
         jobs.put(line.rstrip("\n"))
     os._exit(0)
 

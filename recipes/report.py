@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridges.embedded import licences
-from recipes.samples import IMAGE_EXTENSIONS, decode_caption_sample
+from recipes.samples import decode_caption_sample, image_extension
 from recipes.scene_captions import score
 from recipes.stream import ShardStream
 
@@ -26,23 +27,23 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 def pictures(shards: Sequence[Path], limit: int = SHOWN) -> list[dict[str, Any]]:
     """The first pictures of some shards: data URI, captions, json."""
-    stream = ShardStream(list(shards), dict, seed=0, shuffle=False)
-    found = []
-    for raw in stream:
-        extension = next(e for e in IMAGE_EXTENSIONS if e in raw)
-        kind = "jpeg" if extension == "jpg" else extension
-        data = base64.b64encode(raw[extension]).decode()
-        sample = decode_caption_sample(raw)
-        found.append(
-            {
-                "uri": f"data:image/{kind};base64,{data}",
-                "captions": sample["captions"],
-                "meta": sample["meta"],
-            }
-        )
-        if len(found) == limit:
-            break
-    return found
+    return [
+        described(raw)
+        for raw in islice(ShardStream(list(shards), dict, seed=0, shuffle=False), limit)
+    ]
+
+
+def described(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture of a raw sample for a page: data URI, captions, json."""
+    extension = image_extension(raw)
+    kind = "jpeg" if extension == "jpg" else extension
+    data = base64.b64encode(raw[extension]).decode()
+    sample = decode_caption_sample(raw)
+    return {
+        "uri": f"data:image/{kind};base64,{data}",
+        "captions": sample["captions"],
+        "meta": sample["meta"],
+    }
 
 
 def render(

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from typing import Any
 import pytest
 import yaml
 from tiny_grid import MLP, PERCEIVER, RESAMPLER, tiny_grid, write_scenes
+from tiny_run import save_tokenizer
 
 from recipes import ablate
 from recipes.ablation_fair import UnfairError
+from recipes.ablation_plan import slug
 from recipes.ablation_sweep import final_loss
 from recipes.ablation_table import AblationTable
 from recipes.cli import main
@@ -105,6 +106,7 @@ def test_a_blind_bridge_says_the_same_of_every_picture(swept):
     for run in blind["runs"]:
         assert run["metrics"]["nll"] == run["metrics"]["nll_shuffled"]
         assert run["metrics"]["nll"] == run["metrics"]["nll_blind"]
+        assert run["metrics"]["picture_gain"] == 0
     assert len(set(blind["captions"])) == 1
 
 
@@ -150,7 +152,7 @@ def test_a_cheat_in_the_grid_is_refused(setting, says, on_disk, shards, tmp_path
     with pytest.raises(UnfairError, match=says):
         ablate(grid, tmp_path / "out", devices=1)
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid))
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
     assert main(["ablate", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "'cheat'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.html").exists()
@@ -164,7 +166,7 @@ def test_a_run_that_was_given_something_else_is_refused(key, value, swept, tmp_p
     out = tmp_path / "out"
     shutil.copytree(swept.out, out)
     # The cells of a grid lie where their configs say, so that they are found again.
-    path = out / "cells" / "gated_xattn-mlp" / "seed-1" / "result.json"
+    path = out / "cells" / slug("gated_xattn, mlp") / "seed-1" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     name = "gated_xattn, mlp, seed 1"
     grid = json.loads((swept.out / "grid.json").read_text())
@@ -178,7 +180,7 @@ def test_an_order_that_only_training_shows_is_refused(on_disk, shards, tmp_path)
     grid = small(on_disk, shards, cells={"honest": {}, "cheat": cheat, "never begun": {}})
     with pytest.raises(UnfairError, match=r"found sample_order_digest .* in 'cheat, seed 0'"):
         ablate(grid, tmp_path, devices=1)
-    assert not list(tmp_path.rglob("never-begun/*/result.json"))
+    assert not list(tmp_path.rglob("never-begun*/*/result.json"))
 
 
 def test_held_out_pictures_that_are_trained_on_are_refused(on_disk, tmp_path):
@@ -199,7 +201,7 @@ def test_a_failed_cell_is_reported(on_disk, shards, tmp_path):
     }
     grid = small(on_disk, shards, cells=cells)
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid))
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
     assert main(["ablate", str(path), "--out", str(tmp_path / "out"), "--devices=1"]) == 0
     with (tmp_path / "out" / "results.csv").open(newline="") as file:
         rows = {row["cell"]: row for row in csv.DictReader(file)}
@@ -220,21 +222,26 @@ def test_a_grid_of_which_nothing_can_be_trained_is_an_error(on_disk, shards, tmp
 
 def test_a_killed_sweep_goes_on(swept, on_disk, shards, tmp_path):
     grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump(tiny_grid(on_disk, shards)))
+    grid.write_text(yaml.safe_dump(tiny_grid(on_disk, shards), sort_keys=False))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "recipes", "ablate", str(grid), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--devices=1"],
         env=environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    deadline = time.monotonic() + 120
-    while len(list(out.rglob("result.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert process.stdout is not None
+    done = 0
+    while done < 2:
+        line = process.stdout.readline()
+        assert line, "it ended before it was killed"
+        done += "seed" in line
     process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stdout.close()
     kept = results_of(out)
     assert 2 <= len(kept) < 12
     times = {path: path.stat().st_mtime_ns for path in kept}
@@ -243,6 +250,112 @@ def test_a_killed_sweep_goes_on(swept, on_disk, shards, tmp_path):
     assert figures(table) == figures(swept)
 
 
+@pytest.mark.slow
+def test_a_run_that_was_killed_at_its_very_end_is_trained_again(on_disk, shards, tmp_path):
+    """Its last checkpoint has all steps: nothing is left to train, and nothing says how it was."""
+    grid = small(on_disk, shards)
+    before = figures(ablate(grid, tmp_path / "whole", devices=1))
+    last = {"class_path": "third_party_bridge.StopInLastValidation"}
+    with pytest.raises(ValueError, match="stop here"):
+        ablate(grid, tmp_path / "cut", devices=1, overrides={"trainer.callbacks": [last]})
+    job = tmp_path / "cut" / "cells" / slug("base") / "seed-0"
+    assert (job / "run" / "checkpoints" / "last.ckpt").is_file()
+    # As if that same job had been killed there.
+    whole = tmp_path / "whole" / "cells" / slug("base") / "seed-0"
+    (job / "begun").write_text((whole / "begun").read_text())
+    assert figures(ablate(grid, tmp_path / "cut", devices=1)) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(on_disk, shards, tmp_path):
+    grid = small(on_disk, shards)
+    grid["overrides"] |= {"trainer.max_steps": 24, "trainer.val_check_interval": 5}
+    before = figures(ablate(grid, tmp_path / "whole", devices=1))
+    stop = {"class_path": "third_party_bridge.StopAt", "init_args": {"step": 15}}
+    with pytest.raises(ValueError, match="stop here"):
+        ablate(grid, tmp_path / "cut", devices=1, overrides={"trainer.callbacks": [stop]})
+    job, whole = (tmp_path / n / "cells" / slug("base") / "seed-0" for n in ("cut", "whole"))
+    (job / "begun").write_text((whole / "begun").read_text())
+    assert figures(ablate(grid, tmp_path / "cut", devices=1)) == before
+    provenance = json.loads((job / "run" / "provenance.json").read_text())
+    assert provenance["first_step"] == 12
+    digests = {
+        json.loads((one / "result.json").read_text())["order_digest"] for one in (job, whole)
+    }
+    assert len(digests) == 1
+
+
+def test_loaders_with_workers(on_disk, shards, tmp_path):
+    """A forked worker closes the standard input that the process of a job is asked by."""
+    grid = small(on_disk, shards)
+    before = figures(ablate(grid, tmp_path / "without", devices=1))
+    grid["overrides"]["data.num_workers"] = 1
+    assert figures(ablate(grid, tmp_path / "with", devices=1)) == before
+
+
+def test_a_first_stage(on_disk, shards, tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    queries = {"num_queries": 3, "dim": 16, "depth": 3, "num_heads": 2}
+    text = {"tokenizer": str(tmp_path / "tokenizer"), "max_text": 40}
+    vision = {"name": str(on_disk.vision), "dtype": "fp32"}
+    trainer = {"max_steps": 2, "accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1}
+    grid = small(on_disk, shards, first="blip2_stage1_small", controls=["blind", "twin"])
+    grid["overrides"] |= {
+        RESAMPLER: {"class_path": "qformer.QFormer", "init_args": queries},
+        "first.model": {
+            "vision": vision,
+            "qformer": {"class_path": "qformer.QFormer", "init_args": queries | text},
+        },
+        "first.trainer": trainer,
+        "first.data.batch_size": 4,
+        "first.data.max_caption_tokens": 20,
+        "first.data.feature_cache": str(shards / "features"),
+    }
+    grid["cells"] = {
+        "after": {},
+        "after the same": {"model.bridge.init_args.match_embedding_scale": False},
+        "without": {"first": None},
+    }
+    table = ablate(grid, tmp_path / "out", devices=1)
+    rows = {row["cell"]: row for row in table.rows()}
+    assert all(row["error"] is None for row in rows.values()), rows
+    # One first stage for both cells, and one for the twin's seed.
+    assert len(list((tmp_path / "out" / "first").iterdir())) == 2
+    assert rows["after"]["nll"] != rows["without"]["nll"]
+    assert rows["after"]["train_flops"] > 1.2 * rows["without"]["train_flops"]
+    assert rows["blind"]["nll"] == rows["blind"]["nll_shuffled"]
+
+
+@pytest.mark.slow
+def test_a_stage_1_run_is_compared_by_recall(on_disk, shards, tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    queries = {"num_queries": 3, "dim": 16, "depth": 3, "num_heads": 2, "max_text": 40}
+    queries["tokenizer"] = str(tmp_path / "tokenizer")
+    grid = {
+        "base": "blip2_stage1_small",
+        "data": str(shards),
+        "controls": ["twin"],
+        "seeds": [0],
+        "overrides": {
+            "model": {
+                "vision": {"name": str(on_disk.vision), "dtype": "fp32"},
+                "qformer": {"class_path": "qformer.QFormer", "init_args": queries},
+            },
+            "data.batch_size": 4,
+            "data.max_caption_tokens": 20,
+            "data.feature_cache": str(shards / "features"),
+            "trainer": {"max_steps": 2, "accelerator": "cpu", "precision": "32-true"},
+        },
+        "cells": {"all": {}, "itc": {"model.weights": {"itm": 0.0, "itg": 0.0}}},
+        "evaluate": {"pictures": 6},
+    }
+    table = ablate(grid, tmp_path / "out", devices=1)
+    assert next(iter(table.results["metrics"])) == "text_to_image_recall@1"
+    assert [row["error"] for row in table.rows()] == [None] * 3
+    assert {row["visual_tokens"] for row in table.rows()} == {3}
+
+
+@pytest.mark.slow
 def test_a_changed_config_is_trained_anew(on_disk, shards, tmp_path):
     first = ablate(small(on_disk, shards), tmp_path, devices=1)
     grid = small(on_disk, shards)
@@ -258,7 +371,7 @@ def test_learning_rates_are_chosen_by_training_loss(on_disk, shards, tmp_path):
     tried = dict(map(tuple, base["lr_sweep"]))
     assert base["lr"] == twin["lr"] == min(tried, key=lambda lr: tried[lr] or float("inf"))
     assert len(list(tmp_path.glob("sweeps/*/*"))) == 2, "a twin has its cell's"
-    run = tmp_path / "sweeps" / "base" / "lr-0.001" / "run"
+    run = tmp_path / "sweeps" / slug("base") / "lr-0.001" / "run"
     logged = read_log(run, "loss".__eq__)["loss"]
     assert tried[1e-3] == pytest.approx(logged[max(logged)])
 
@@ -279,6 +392,7 @@ def test_flops_are_matched_by_steps(on_disk, shards, tmp_path):
     assert mlp["sample_order_digest"] == perceiver["sample_order_digest"]
 
 
+@pytest.mark.slow
 def test_seconds_are_matched_by_steps(on_disk, shards, tmp_path):
     grid = small(on_disk, shards, match="time", cells={"one": {}, "other": {}})
     table = ablate(grid, tmp_path, devices=1)

@@ -6,6 +6,7 @@ import yaml
 from recipes.ablation import _overrides
 from recipes.ablation_fair import UnfairError, check_planned
 from recipes.ablation_grid import GRIDS, cells_of, get_key, read_grid, set_key
+from recipes.ablation_plan import slug
 from recipes.cli import main
 
 RESAMPLER = "model.bridge.init_args.resampler"
@@ -96,6 +97,24 @@ def test_axes_are_combined_in_their_order():
         check_planned(cells, "steps")
 
 
+def test_what_is_not_said_is_the_default():
+    grid = {"base": "perceiver_small", "cells": {"a": {}, "b": {"data.seed": 0}}}
+    check_planned(cells_of(read_grid(grid)[1]), "steps")
+
+
+def test_a_first_stage_has_no_part_in_a_budget():
+    cells = cells_of(read_grid("blip2_stage1_small")[1])
+    with pytest.raises(UnfairError, match="found a first stage with match: flops"):
+        check_planned(cells, "flops")
+
+
+def test_no_two_cells_share_a_folder():
+    names = ["layer -2", "layer 2", "ITC + ITM", "ITC, ITM", "MLP", "mlp", "..", "/", "a" * 200]
+    slugs = [slug(name).lower() for name in names]
+    assert len(set(slugs)) == len(names)
+    assert all("/" not in one and ".." not in one and len(one) < 80 for one in slugs)
+
+
 def test_keys_of_the_grid_on_the_command_line():
     given = ["trainer.max_steps=7", "grid.seeds=[5]", "grid.lr=null", "grid.evaluate.pictures=9"]
     _, grid = read_grid("tokens_small", _overrides(given))
@@ -113,6 +132,9 @@ def test_the_first_stage():
     assert cells[1].first is None
     with pytest.raises(ValueError, match=r"found first.x: 1 in 'a'; expected `first: null`"):
         cells_of(read_grid({"base": "perceiver_small", "cells": {"a": {"first.x": 1}}})[1])
+    blind = cells_of(read_grid("blip2_stage1_small")[1])[-2]
+    assert blind.kind == "blind" and blind.first is None
+    assert blind.config["model"]["init_from"] is None
 
 
 @pytest.mark.parametrize(
@@ -131,6 +153,12 @@ def test_the_first_stage():
         ({"base": "nothing_small"}, "found no config file 'nothing_small'"),
         ({"axes": {"a": {"x": {}}}, "cells": {"x": {}}}, "found the cell 'x' twice"),
         ({"base": "blip2_stage1_small"}, "to be made blind"),
+        ({"cells": {"a": {}, "blind": {}}}, "found the cell 'blind' twice"),
+        ({"axes": {"seed_everything": [1, 2]}}, "expected no cell to set it: give `seeds`"),
+        ({"lr": {"values": [1.0], "steps": 9}, "axes": {"model.optimizer.lr": [1]}}, "leave `lr`"),
+        ({"lr": {"values": [], "steps": 9}}, "expected at least one value"),
+        ({"evaluate": {"pictures": 1}}, "expected at least 2 pictures"),
+        ({"evaluate": {"captions": False, "likelihood": False}}, "captions or likelihood"),
     ],
 )
 def test_a_grid_that_is_none_is_refused(change, says):
@@ -160,5 +188,5 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
 
 
 def test_an_override_without_a_value(tmp_path, capsys):
-    assert main(["ablate", "tokens_small", "--out", str(tmp_path), "max_steps"]) == 2
+    assert main(["ablate", "tokens_small", "--out", str(tmp_path), "=5"]) == 2
     assert "expected KEY=VALUE" in capsys.readouterr().err

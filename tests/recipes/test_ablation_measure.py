@@ -45,8 +45,8 @@ def test_flops_are_those_of_a_step(on_disk, tmp_path):
         with sdpa_kernel(SDPBackend.MATH):
             module._forward(batch).loss.backward()
 
-    # The same shapes, counted in another way.
-    assert noted["flops_per_step"] == count_flops(step)
+    # Counted in another way; another batch, whose captions may be some letters longer.
+    assert noted["flops_per_step"] == pytest.approx(count_flops(step), rel=0.01)
     assert noted["peak_bytes"] > 2 * sum(p.numel() * 4 for p in module.vlm.bridge.parameters())
 
 

@@ -37,3 +37,11 @@ class StopAt(Callback):
     ) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("stop here")
+
+
+class StopInLastValidation(Callback):
+    """Ends a run after its last checkpoint, before anything else is written."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == trainer.max_steps:
+            raise RuntimeError("stop here")
