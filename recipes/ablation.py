@@ -1,7 +1,6 @@
 """`bridges ablate`: a grid of bridges, trained alike, scored alike, compared in a report."""
 
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -81,7 +80,7 @@ def ablate(
         UnfairError: cells that were not given the same, or held-out pictures that are trained on.
         ValueError: a grid that cannot be read, or not one cell that could be trained.
     """
-    started, console, folder = time.monotonic(), Console(), Path(out).absolute()
+    console, folder = Console(), Path(out).absolute()
     name, spec = read_grid(grid, overrides)
     cells = cells_of(spec)
     for file in REPORT_FILES:  # what an earlier start wrote would be taken for this one's
@@ -117,7 +116,7 @@ def ablate(
             "command": command or f"recipes.ablate({name!r}, {str(out)!r})",
             **_results(sweep, samples),
             "device": f"Ray at {ray}" if where is None else where.described,
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(sum(run["seconds"] for run in sweep.runs.values()), 1),
             "date": date.today().isoformat(),
         }
         results["data"] |= {"path": placed}

@@ -188,7 +188,7 @@ def test_captions_are_compared_with_those_of_other_pictures(trained, model):
 def test_a_caption_of_another_picture_is_what_that_picture_got(trained, monkeypatch):
     """Who writes what is true has nothing right where the pictures are others'."""
     held = trained.held_out
-    truths = [s["captions"][0] for s in held.samples]
+    truths = [s["captions"][-1] for s in held.samples]
 
     def write(model, pictures, **options):
         return truths if len(pictures) == len(held) else ["a blind guess"]
