@@ -258,12 +258,12 @@ def new_figure(size: tuple[float, float]) -> "Figure":
         size: width and height in inches.
 
     Raises:
-        ImportError: matplotlib is not there (extra ``demo``).
+        ImportError: matplotlib is not there (extra ``ablate``).
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the report needs matplotlib: pip install 'bridges[demo]'") from error
+        raise ImportError("the report needs matplotlib: pip install 'bridges[ablate]'") from error
     return Figure(figsize=size, layout="constrained")
 
 
