@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridges.compact_head import compact_head
 from bridges.condition import Condition, packed_images
 from bridges.contract import Bridge, BridgeFactory, BridgeOutput, Instruction, VisionFeatures
 from bridges.hooks import DecoderHooks, SameCondition
@@ -172,7 +173,12 @@ class VisionLanguageModel(nn.Module):
         options.setdefault("eos_token_id", list(dict.fromkeys(ends)))
         if self.lm.image_token_id < self._vocabulary():
             options.setdefault("suppress_tokens", [self.lm.image_token_id])
-        with self.continuing(input_ids, attention_mask, vision, text, room=room) as embeddings:
+        compact = compact_head(self.lm.model.get_output_embeddings())
+        ready = self.continuing(input_ids, attention_mask, vision, text, room=room)
+        with (
+            self.continuing(input_ids, attention_mask, vision, text, room=room) as embeddings,
+            head,
+        ):
             return self.lm.model.generate(
                 inputs_embeds=embeddings, attention_mask=attention_mask.long(), **options
             )

@@ -1,7 +1,6 @@
 """How much a bridge tells the LM of a picture: losses and captions, right, shuffled and blind."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +119,7 @@ def captions(
     """Greedy captions of every picture."""
     written: list[str] = []
     for rows in track(list(_chunks(range(len(held_out)), batch_size)), title, transient=True):
-        with autocast(model), contiguous_head(model):
+        with autocast(model):
             features = held_out.vision(rows)
             written += caption_features(model, features, max_new_tokens=max_new_tokens)
     return written
@@ -138,25 +137,6 @@ def scene_accuracy(written: Sequence[str], held_out: HeldOut) -> dict[str, float
         part: _share([s[part] for s in scores if s[part] is not None])
         for part in ("object", "relation", "colour")
     }
-
-
-@contextmanager
-def contiguous_head(model: VisionLanguageModel) -> Iterator[None]:
-    """HF's ``generate`` at its speed for many rows.
-
-    After the prompt it gives the head the last column, a view of which torch can make no single
-    product: it copies the head's weight once for each row. 100 rows of SmolLM2 take 26 s on a
-    core up to their first token, 1.7 s with the view copied instead.
-    """
-
-    def compact(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(tensor.contiguous() for tensor in inputs)
-
-    hook = model.lm.model.get_output_embeddings().register_forward_pre_hook(compact)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def autocast(model: VisionLanguageModel) -> torch.autocast:

@@ -4,7 +4,6 @@ from jsonargparse import Namespace
 
 from recipes.bootstrap import Sums
 from recipes.data import split_shards
-from recipes.evaluate import contiguous_head
 from recipes.evaluate_found import Found, ImpossibleError, Line, Trained, check_captions
 from recipes.evaluate_scores import caption_figures
 from recipes.fewshot_curve import of_pictures
@@ -34,9 +33,8 @@ def fewshot(run: Trained) -> Found:
     points: dict[str, float] = {}
     lines: dict[int, list[Line]] = {}
     try:
-        with contiguous_head(run.model):
-            captions = of_pictures(run.model, _options(run, "caption"))
-            likely = of_pictures(run.model, _options(run, "nll"))
+        captions = of_pictures(run.model, _options(run, "caption"))
+        likely = of_pictures(run.model, _options(run, "nll"))
     except ValueError as error:
         raise ImpossibleError(str(error)) from error
     for (shots, _), outcomes in captions.outcomes.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridges import VisionLanguageModel
 from bridges.fewshot import OPENFLAMINGO_VQA, FewShotPrompts
 from bridges.prompts import QUESTION
-from recipes.evaluate import HeldOut, contiguous_head
+from recipes.evaluate import HeldOut
 from recipes.fewshot_plans import check_fits
 from recipes.fewshot_runner import Prompt, Runner
 
@@ -70,7 +70,7 @@ class Asker:
         check_fits(self.model, [prompt.ids for prompt in prompts.values()], 0, max_new_tokens)
         # Questions of like length go together, and need little padding.
         order = sorted(prompts, key=lambda one: len(prompts[one].ids))
-        with self._progress(title, len(order)) as runner, contiguous_head(self.model):
+        with self._progress(title, len(order)) as runner:
             said = runner.generate(
                 [prompts[one] for one in order], max_new_tokens=max_new_tokens, do_sample=False
             )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bridges import VisionLanguageModel
+from bridges.compact_head import compact_head
 from recipes.evaluate import (
     HeldOut,
     caption_nll,
     caption_sums,
     captions,
-    contiguous_head,
     scene_accuracy,
 )
 from recipes.workload import matmul_precision
@@ -97,7 +97,7 @@ def test_the_head_is_given_no_view_while_captions_are_written(model):
     finally:
         watch.remove()
     assert given and all(tensor.is_contiguous() for tensor in given)
-    with pytest.raises(RuntimeError), contiguous_head(model):
+    with pytest.raises(RuntimeError), compact_head(head):
         raise RuntimeError
     assert not head._forward_pre_hooks
 
