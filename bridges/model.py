@@ -175,10 +175,7 @@ class VisionLanguageModel(nn.Module):
             options.setdefault("suppress_tokens", [self.lm.image_token_id])
         compact = compact_head(self.lm.model.get_output_embeddings())
         ready = self.continuing(input_ids, attention_mask, vision, text, room=room)
-        with (
-            self.continuing(input_ids, attention_mask, vision, text, room=room) as embeddings,
-            head,
-        ):
+        with ready as embeddings, compact:
             return self.lm.model.generate(
                 inputs_embeds=embeddings, attention_mask=attention_mask.long(), **options
             )
