@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+from recipes.ablation_grid import cells_of, read_grid
 from recipes.documents import read_document
 from recipes.stream import ShardStream
 
@@ -26,6 +28,12 @@ BLIP2 = {
     "train": [*FEWER_STEPS, "--data.feature_cache=features"],
     "retrieve": ["--top_k=4", "--feature_cache=features"],
     "caption": ["--max_new_tokens=4"],
+}
+
+EVALUATION = {
+    "scenes": ["--train=520", "--val=40"],
+    "train": FEWER_STEPS,
+    "evaluate": ["--pictures=4", "--few=2", "--max_new_tokens=4"],
 }
 
 FLAMINGO = {
@@ -105,6 +113,22 @@ def test_the_pages_about_data_as_written(tmp_path):
     described = json.loads((tmp_path / "features/features.json").read_text())
     assert described["dtype"] == "fp16"
     assert (tmp_path / "runs/mine/bridge.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_evaluation_page_as_written(tmp_path):
+    run_page("evaluation.md", EVALUATION, tmp_path)
+    found = json.loads((tmp_path / "runs/stage1/evaluation.json").read_text())
+    assert set(found["tasks"]) == {"retrieval", "classify"}
+    assert (tmp_path / "runs/mine/evaluation.html").stat().st_size > 10_000
+
+
+def test_the_grid_of_the_page_is_one():
+    text = (DOCS / "ablate.md").read_text(encoding="utf-8")
+    grid = yaml.safe_load(text.split("```yaml\n# my_grid.yaml\n")[1].split("```")[0])
+    cells = cells_of(read_grid(grid)[1])
+    names = ["one layer", "two layers", "blind", "two layers (twin)"]
+    assert [cell.name for cell in cells] == names
 
 
 @pytest.mark.slow
