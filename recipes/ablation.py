@@ -83,10 +83,10 @@ def ablate(
     console, folder = Console(), Path(out).absolute()
     name, spec = read_grid(grid, overrides)
     cells = cells_of(spec)
-    for file in REPORT_FILES:  # what an earlier start wrote would be taken for this one's
-        (folder / file).unlink(missing_ok=True)
     check_planned(cells, spec.match)
     check_packages(ray)
+    print_plan(name, spec, cells, console)
+    console.print(f"what the runs say is in {folder / 'workers'}", soft_wrap=True, markup=False)
     if ray_gpus is None:
         ray_gpus = 1 if torch.cuda.is_available() else 0
     where = None if ray else Devices.find(devices)
@@ -97,11 +97,16 @@ def ablate(
         else partial(run_on_ray, str(ray), ray_cpus, ray_gpus)
     )
     with claim_run(folder):
+        for file in REPORT_FILES:  # what an earlier start wrote would be taken for this one's
+            (folder / file).unlink(missing_ok=True)
         write_json(folder / GRID_FILE, asdict(spec))
         with console.status("looking for held-out pictures that are trained on"):
             samples = max(check_leaks(*split) for split in plan.splits(cells))
         sweep = Sweep(spec, cells, folder, runner, console)
-        sweep.lost |= plan.fill_caches(cells)
+        sweep.lost |= plan.check_configs(cells)
+        sweep.lost |= plan.fill_caches([cell for cell in cells if cell.name not in sweep.lost])
+        for cell, why in sweep.lost.items():
+            console.print(f"{cell} cannot be trained: {why}", style="red", markup=False)
         sweep.match()
         sweep.train()
         if not sweep.runs:
@@ -277,6 +282,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         help="KEY=VALUE of the config, for every cell, as trainer.max_steps=50; or of the grid, as "
         "'grid.seeds=[0]'",
     )
@@ -288,6 +294,9 @@ def main(arguments: Sequence[str]) -> None:
         cells = cells_of(spec)
         check_planned(cells, spec.match)
         print_plan(name, spec, cells, console)
+        plan.place_data(cells, options.data or spec.data or "shards", console, draw=False)
+        for cell, why in plan.check_configs(cells).items():
+            console.print(f"{cell} cannot be trained: {why}", style="red", markup=False)
         return
     table = ablate(
         options.grid,
@@ -325,6 +334,11 @@ def _ordered(arguments: Sequence[str]) -> list[str]:
     for before, argument in zip(["", *arguments], arguments, strict=False):
         of_option = before.startswith("--") and "=" not in before
         setting = "=" in argument and not argument.startswith("-") and not of_option
+        if argument.startswith("--") and "." in argument.partition("=")[0]:
+            raise ValueError(
+                f"found {argument}; expected a setting of all cells without dashes and with =, "
+                "such as trainer.max_steps=50"
+            )
         (moved if setting else rest).append(argument)
     place = next((k for k, one in enumerate(rest) if not one.startswith("-")), len(rest)) + 1
     return [*rest[:place], *moved, *rest[place:]]

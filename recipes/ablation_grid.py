@@ -3,7 +3,8 @@
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,11 +181,13 @@ def read_grid(
             key = key.removeprefix(GRID)
             (set_key if own else _set_override)(content, key, value)
     known = GridSpec.__dataclass_fields__
-    if not isinstance(content, Mapping) or "base" not in content or set(content) - set(known):
+    if not isinstance(content, Mapping) or "base" not in content:
         found = list(content) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
             f"found {found} in the grid {name}; expected `base` and any of {', '.join(known)}"
         )
+    for key, kind in {"": GridSpec, "lr": Sweep, "evaluate": Scoring}.items():
+        _check_known(content.get(key) if key else content, key, kind, name)
     # Kept from the parser, which would make classes of what has a class_path.
     changes = {key: content.get(key) or {} for key in ("overrides", "axes", "cells")}
     for key, change in changes.items():
@@ -303,6 +306,19 @@ def set_key(config: Config, key: str, value: Any) -> None:
                 f"found {inner!r} at {part!r} of the key {key!r}; expected a mapping there"
             )
     inner[last] = copy.deepcopy(value)
+
+
+def _check_known(found: Any, key: str, kind: type, name: str) -> None:
+    """Refuses keys that nobody reads, with the nearest that somebody does."""
+    known = [one.name for one in fields(kind)]
+    for unknown in set(found) - set(known) if isinstance(found, Mapping) else ():
+        near = get_close_matches(str(unknown), known, 1)
+        did_you = f", perhaps {near[0]}" if near else ""
+        where = f"{key}.{unknown}" if key else unknown
+        raise ValueError(
+            f"found the key {where!r} in the grid {name}; expected any of {', '.join(known)}"
+            f"{did_you}"
+        )
 
 
 def _check_names(cells: list[Cell]) -> None:

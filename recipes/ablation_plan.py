@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError
 from rich.console import Console
 
 from bridges import VisionEncoder
@@ -23,6 +26,7 @@ from recipes.cache import cache_features, is_cached
 from recipes.data import CaptionData
 from recipes.demo import scene_shards
 from recipes.shard_index import each_index
+from recipes.train import check_arguments
 
 SCENES = "scenes"
 EMOJI_SCENES = "emoji scenes"
@@ -41,7 +45,9 @@ class Planned:
     folder: Path
 
 
-def place_data(cells: Sequence[Cell], data: str | None, console: Console) -> str:
+def place_data(
+    cells: Sequence[Cell], data: str | None, console: Console, *, draw: bool = True
+) -> str:
     """Puts the shards and the feature cache into the configs of all cells, and one device each.
 
     Args:
@@ -49,11 +55,12 @@ def place_data(cells: Sequence[Cell], data: str | None, console: Console) -> str
         data: shards, or ``scenes``; of a mixture, the folder that holds one for each source. None
             leaves what the configs say.
         console: for what takes long.
+        draw: draw emoji scenes that are not there.
 
     Returns:
         What the data are called.
     """
-    shards = str(scene_shards(console)) if data == SCENES else data
+    shards = str(scene_shards(console)) if data == SCENES and draw else data
     if shards is not None and "://" not in shards:
         shards = os.path.abspath(shards)  # a worker, or a node of a cluster, may be elsewhere
     for config in _configs(cells):
@@ -66,6 +73,25 @@ def place_data(cells: Sequence[Cell], data: str | None, console: Console) -> str
         set_key(config, "trainer.enable_progress_bar", False)
     named = (str(source.get("shards")) for source in _sources(cells[0].config).values())
     return EMOJI_SCENES if data == SCENES else shards or ", ".join(named)
+
+
+def check_configs(cells: Sequence[Cell]) -> dict[str, str]:
+    """Reads the config of every cell, and of its first stage, as its run will read it.
+
+    Returns:
+        Cells whose configs cannot be read, and why: they would fail, and are not begun.
+    """
+    lost: dict[str, str] = {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        for cell in cells:
+            for config in filter(None, (cell.first, cell.config)):
+                path.write_text(json.dumps(config | {"run": "run"}), encoding="utf-8")
+                try:
+                    check_arguments([f"--config={path}"])
+                except (ArgumentError, ValueError, TypeError) as error:
+                    lost[cell.name] = f"its config cannot be read: {error}"
+    return lost
 
 
 def fill_caches(cells: Sequence[Cell]) -> dict[str, str]:

@@ -18,6 +18,13 @@ from recipes.ablation_plots import cost_plots, looks, ranked
 from recipes.ablation_plots_curves import gate_legend, gate_plots, loss_plots
 from recipes.scene_captions import score
 
+GAIN = "picture_gain"
+"""Loss with another's picture, less that with the right one: what a bridge tells of pictures.
+
+A reader that adapts the LM to the captions lowers the loss without a look at any picture; this it
+does not raise.
+"""
+
 ALPHA = 0.05
 """Of an adjusted p: below it, a difference is marked."""
 
@@ -189,7 +196,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     seeds = len(results["seeds"])
     over = f"{seeds} seeds and all held-out pictures" if seeds > 1 else "held-out pictures (1 seed)"
     return [
-        f"Values with their 95 % intervals [low, high] over {over}. ↓: lower is better; ↑: higher. "
+        f"Values with their 95 % intervals [low, high] over {over}; these are symmetric, and wide "
+        "where seeds are few: they may leave a metric's range. ↓: lower is better; ↑: higher. "
         "k, M, G, T, P: 10³, 10⁶, 10⁹, 10¹², 10¹⁵.",
         f"{BETTER} better, {WORSE} worse than the baseline ({results['baseline']}): paired "
         f"bootstrap, p < {ALPHA} after Holm's correction. No mark: no difference is shown.",
@@ -271,8 +279,12 @@ def _summary(results: Mapping[str, Any]) -> dict[str, Any]:
         near = [name for name, edge in reach.items() if (edge >= bound if lower else edge <= bound)]
     values = {cell["name"]: cell["metrics"][primary]["value"] for cell in cells}
     twins = [c for c in cells if c["kind"] == "twin" and c["twin_of"] in values]
+    gains = {c["name"]: c["metrics"][GAIN]["low"] for c in own if GAIN in c["metrics"]}
     return {
         "own": own,
+        "gains": bool(gains),
+        "seeing": [name for name, low in gains.items() if low > 0],
+        "unseeing": [name for name, low in gains.items() if low <= 0],
         "better": groups[BETTER],
         "worse": groups[WORSE],
         "alike": groups[""],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.ablation_grid import Cell
-from recipes.ablation_report import run_rows
+from recipes.ablation_report import GAIN, run_rows
 from recipes.bootstrap import Sums, compare, holm, interval
 from recipes.evaluate_scores import BETTER, TITLES
 from recipes.gates import PREFIX
@@ -29,13 +29,6 @@ COSTS = (
     "seconds",
 )
 """What a run costs, by its key."""
-
-GAIN = "picture_gain"
-"""Loss with another's picture, less that with the right one: what a bridge tells of pictures.
-
-A reader that adapts the LM to the captions lowers the loss without a look at any picture; this it
-does not raise.
-"""
 
 OF_OTHERS = "nll_"
 """Losses with other pictures begin with it: to have less of them is not better, or worse."""

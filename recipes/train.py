@@ -144,6 +144,33 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+class _Parsed(TrainCLI):
+    """Parses, and makes nothing of it."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def before_instantiate_classes(self) -> None:
+        """What a run needs is looked at when it begins."""
+
+    def instantiate_classes(self) -> None:
+        """Models are loaded when the run begins."""
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuses arguments of `bridges train` that cannot be read, without loading any model.
+
+    Raises:
+        ValueError: a module or data class that there is not.
+        ArgumentError: of jsonargparse: an unknown key, a value of another type, a class that
+            cannot be imported.
+    """
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _cli(_Parsed, expand_configs(arguments), exit_on_error=False)
+
+
 class EndAllRanks(Callback):
     """Where the first rank fails, ends the processes that Lightning started for the others.
 
@@ -188,12 +215,12 @@ def train_module(arguments: Sequence[str]) -> tuple[Path, BridgeModule]:
         return _fit(expand_configs(arguments))
 
 
-def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
+def _cli(kind: type[TrainCLI], arguments: list[str], *, exit_on_error: bool = True) -> TrainCLI:
     module_path = chosen("module", arguments, DEFAULT_MODULE)
     data_path = chosen("data_class", arguments, DEFAULT_DATA)
     data_class = load_data_class(data_path)
     arguments = expand_data(arguments, mixture=issubclass(data_class, MixtureData))
-    cli = TrainCLI(
+    return kind(
         load_module(module_path),
         data_class,
         # Last, so that what is dumped is the class that was trained.
@@ -202,8 +229,16 @@ def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
         save_config_callback=None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"parser_mode": "omegaconf", "prog": "bridges train"},
+        parser_kwargs={
+            "parser_mode": "omegaconf",
+            "prog": "bridges train",
+            "exit_on_error": exit_on_error,
+        },
     )
+
+
+def _fit(arguments: list[str]) -> tuple[Path, BridgeModule]:
+    cli = _cli(TrainCLI, arguments)
     folder = Path(cli.config.run)
     trainer, data = cli.trainer, cli.datamodule
     module: Any = cli.model

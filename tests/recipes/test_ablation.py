@@ -183,6 +183,16 @@ def test_an_order_that_only_training_shows_is_refused(on_disk, shards, tmp_path)
     assert not list(tmp_path.rglob("never-begun*/*/result.json"))
 
 
+def test_a_refused_start_leaves_the_report_of_another(swept, on_disk, shards, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(swept.out, out, ignore=shutil.ignore_patterns("cells"))
+    before = {path: path.read_bytes() for path in out.glob("re*.*")}
+    assert len(before) == 4
+    with pytest.raises(UnfairError):
+        ablate(small(on_disk, shards, cells={"a": {}, "b": {"data.seed": 1}}), out, devices=1)
+    assert {path: path.read_bytes() for path in out.glob("re*.*")} == before
+
+
 def test_held_out_pictures_that_are_trained_on_are_refused(on_disk, tmp_path):
     shards = tmp_path / "shards"
     write_scenes(shards, leak=True)

@@ -140,7 +140,8 @@ def test_the_first_stage():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"bases": "x"}, "expected `base` and any of"),
+        ({"bases": "x"}, "found the key 'bases' .* perhaps base"),
+        ({"evaluate": {"picture": 9}}, "found the key 'evaluate.picture' .* perhaps pictures"),
         ({"seeds": []}, "expected at least one, and none twice"),
         ({"seeds": [1, 1]}, "expected at least one, and none twice"),
         ({"seeds": "many"}, "cannot be read"),
@@ -185,6 +186,23 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "base (twin): 3 seeds" in said and "3 cells, 9 runs, matched on steps" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_what_cannot_be_read(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    typo = {"model.bridge.init_args.resampler.init_args.dept": 1}
+    grid = {"base": "perceiver_small", "controls": [], "cells": {"good": {}, "typo": typo}}
+    path.write_text(yaml.safe_dump(grid))
+    assert main(["ablate", str(path), "--out", str(tmp_path / "out"), "--dry_run=true"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "typo cannot be trained" in said and "dept" in said
+    assert "good cannot be trained" not in said
+
+
+def test_an_override_as_of_train(tmp_path, capsys):
+    arguments = ["ablate", "tokens_small", "--out", str(tmp_path), "--trainer.max_steps=5"]
+    assert main(arguments) == 2
+    assert "without dashes" in capsys.readouterr().err
 
 
 def test_an_override_without_a_value(tmp_path, capsys):
