@@ -18,6 +18,12 @@ from bridges import LanguageModel, VisionEncoder
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def full_precision() -> None:
+    """Training lowers it for its whole process, and so for whatever test comes next."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def encoder() -> VisionEncoder:
     """A tiny CLIP: 3 × 3 patches of width 16."""
