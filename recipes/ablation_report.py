@@ -16,7 +16,7 @@ from rich.table import Table
 
 from recipes.ablation_plots import cost_plots, looks, ranked
 from recipes.ablation_plots_curves import gate_legend, gate_plots, loss_plots
-from recipes.scene_captions import score
+from recipes.report import marks
 
 GAIN = "picture_gain"
 """Loss with another's picture, less that with the right one: what a bridge tells of pictures.
@@ -76,7 +76,7 @@ def render(results: Mapping[str, Any]) -> str:
         ImportError: matplotlib is not there (extra ``demo``).
     """
     environment = Environment(autoescape=True)
-    environment.filters |= {"duration": _duration, "marks": _marks}
+    environment.filters |= {"duration": _duration, "marks": marks}
     template = environment.from_string(
         files("recipes").joinpath("templates/ablation.html").read_text(encoding="utf-8")
     )
@@ -298,13 +298,6 @@ def _edge(cell: Mapping[str, Any]) -> bool:
     """Whether the chosen learning rate is the lowest or the highest that was tried."""
     tried = [lr for lr, _ in cell["lr_sweep"]]
     return len(tried) > 1 and cell["lr"] in (min(tried), max(tried))
-
-
-def _marks(text: str, meta: Mapping[str, Any]) -> dict[str, bool]:
-    """Which parts of a scene's caption are right; nothing for photographs."""
-    if "objects" not in meta:
-        return {}
-    return {part: right for part, right in score(text, meta).items() if right is not None}
 
 
 def _markdown(text: str) -> str:

@@ -65,7 +65,7 @@ def render(
             "uri": picture["uri"],
             "truth": picture["captions"][0],
             "written": {
-                name: {"text": texts[index], "marks": _marks(texts[index], picture["meta"])}
+                name: {"text": texts[index], "marks": marks(texts[index], picture["meta"])}
                 for name, texts in captions.items()
             },
         }
@@ -127,7 +127,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _marks(text: str, meta: Mapping[str, Any]) -> dict[str, bool]:
+def marks(text: str, meta: Mapping[str, Any]) -> dict[str, bool]:
     """Which parts of a scene's caption are right; nothing for photographs."""
     if "objects" not in meta:
         return {}
