@@ -123,9 +123,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, momentum
     assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
-def test_chunks_train_the_same(run, arguments, tmp_path):
+def test_chunks_train_the_same(arguments, tmp_path, monkeypatch):
+    # Of "medium", newer CPUs make bf16: chunks of other sizes then differ by its rounding.
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    whole = train(arguments(tmp_path / "whole"))
     chunked = train(arguments(tmp_path / "run", "--model.chunk_size=3"))
-    expected, found = (load_file(folder / WEIGHTS_FILE) for folder in (run, chunked))
+    expected, found = (load_file(folder / WEIGHTS_FILE) for folder in (whole, chunked))
     for name in expected:
         # Adam turns the sign of a rounding error into a whole step where a gradient is 0.
         if not name.endswith((".k.bias", "lm_head.bias")):
