@@ -179,7 +179,8 @@ def test_empty_places_are_no_candidates():
         student(vision, text, image_ids=ids, teacher=MomentumTeacher(student, queue_size=size))
         for size in (1, 50)
     ]
-    assert torch.equal(found[0].losses["itc"], found[1].losses["itc"])
+    # Softmaxes of two widths: whether their sums round alike is up to the CPU.
+    torch.testing.assert_close(found[0].losses["itc"], found[1].losses["itc"], rtol=1e-6, atol=1e-6)
 
 
 def test_looking_moves_nothing():
