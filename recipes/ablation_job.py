@@ -54,24 +54,29 @@ class Job:
         config: of `bridges train`, whole but for the run directory.
         order_samples: see `Measure`.
         scoring: None for none.
+        first: digest of the sweep's own run that ``model.init_from`` names; empty for none.
     """
 
     name: str
     config: dict[str, Any]
     order_samples: int
     scoring: Scoring | None = None
+    first: str = ""
 
     @property
     def digest(self) -> str:
-        """Of all that the result depends on."""
-        content = json.dumps([self.config, self.order_samples, self._scoring()], sort_keys=True)
+        """Of all that the result depends on; not of where the sweep's folder is."""
+        config = self.config
+        if self.first:
+            config = config | {"model": config["model"] | {"init_from": self.first}}
+        content = json.dumps([config, self.order_samples, self._scoring()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
         """Into the folder in which `run_job` finds it."""
         described = {"name": self.name, "digest": self.digest, "config": self.config}
         rest = {"order_samples": self.order_samples, "scoring": self._scoring()}
-        write_json(folder / JOB_FILE, described | rest)
+        write_json(folder / JOB_FILE, described | rest | {"first": self.first})
 
     @classmethod
     def read(cls, folder: Path) -> "Job":
@@ -83,6 +88,7 @@ class Job:
             raw["config"],
             raw["order_samples"],
             None if scoring is None else Scoring(**scoring),
+            raw["first"],
         )
 
     def _scoring(self) -> dict[str, Any] | None:

@@ -231,10 +231,11 @@ def sweeps(
         assert grid.lr is not None
         seed = cell.seeds[0]
         for lr in grid.lr.values if cell.kind != "twin" else ():
-            config = after(seeded(cell.config, seed), first.get((cell.name, seed)))
+            before = first.get((cell.name, seed))
+            config = after(seeded(cell.config, seed), before)
             _short(config, grid.lr.steps)
             set_key(config, LR, lr)
-            job = Job(f"{cell.name}, lr {lr:g}", config, 0)
+            job = Job(f"{cell.name}, lr {lr:g}", config, 0, first=_digest(before))
             found[cell.name, lr] = Planned(job, out / "sweeps" / slug(cell.name) / f"lr-{lr:g}")
     return found
 
@@ -253,11 +254,12 @@ def mains(
         for seed in cell.seeds:
             if (cell.name, seed) in without:
                 continue
-            config = after(seeded(cell.config, seed), first.get((cell.name, seed)))
+            before = first.get((cell.name, seed))
+            config = after(seeded(cell.config, seed), before)
             scoring = grid.evaluate
             if seed != cell.seeds[0]:
                 scoring = replace(scoring, attention=0)
-            job = Job(f"{cell.name}, seed {seed}", config, order, scoring)
+            job = Job(f"{cell.name}, seed {seed}", config, order, scoring, _digest(before))
             found[cell.name, seed] = Planned(job, out / "cells" / slug(cell.name) / f"seed-{seed}")
     return found
 
@@ -271,6 +273,10 @@ def slug(name: str) -> str:
     """A cell's name as that of a folder, which no other name has, in any case of its letters."""
     digest = hashlib.sha256(name.encode()).hexdigest()[:6]
     return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name).strip('-')[:60]}-{digest}"
+
+
+def _digest(first: Planned | None) -> str:
+    return "" if first is None else first.job.digest
 
 
 def _short(config: Config, steps: int) -> None:

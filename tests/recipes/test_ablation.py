@@ -334,6 +334,15 @@ def test_a_first_stage(on_disk, shards, tmp_path):
     assert rows["after"]["nll"] != rows["without"]["nll"]
     assert rows["after"]["train_flops"] > 1.2 * rows["without"]["train_flops"]
     assert rows["blind"]["nll"] == rows["blind"]["nll_shuffled"]
+    # Moved, it keeps what is finished, though its configs name the first stage's folder.
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    times = {path: path.stat().st_mtime_ns for path in moved.rglob("result.json")}
+    assert figures(ablate(grid, moved, devices=1)) == figures(table)
+    assert {path: path.stat().st_mtime_ns for path in moved.rglob("result.json")} == times
+    # A changed first stage changes what comes after it.
+    grid["overrides"]["first.model.optimizer.lr"] = 0.01
+    again = {r["cell"]: r["nll"] for r in ablate(grid, moved, devices=1).rows()}
+    assert again["after"] != rows["after"]["nll"] and again["without"] == rows["without"]["nll"]
 
 
 @pytest.mark.slow
