@@ -48,6 +48,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import root_scalar
+from scipy.special import stdtr, stdtrit
 
 COLUMNS = {"ratio": 2, **{f"bleu_{order}": 10 for order in (1, 2, 3, 4)}}
 """Sums of an image, by kind of figure."""
@@ -311,9 +313,9 @@ class _Spread(NamedTuple):
 
     def half_width(self, alpha: float) -> float:
         """Of the interval that misses with probability alpha at most."""
-        squares = self.of_images * _quantile(alpha, self.images - 1) ** 2
+        squares = self.of_images * _quantile(alpha, self.images) ** 2
         if self.of_seeds:
-            squares += self.of_seeds * _quantile(alpha, self.seeds - 1) ** 2
+            squares += self.of_seeds * _quantile(alpha, self.seeds) ** 2
         return math.sqrt(squares)
 
     def p(self, difference: float) -> float:
@@ -325,53 +327,17 @@ class _Spread(NamedTuple):
             return 2.0 ** (1 - self.images)
         # If all came of images, or all of seeds: p lies between.
         t = size / math.sqrt(total)
-        ends = [_tail(t, n - 1) for n in (self.images, self.seeds) if n > 1]
+        ends = [2 * float(stdtr(n - 1, -t)) for n in (self.images, self.seeds) if n > 1]
         low, high = (math.log(max(end, SMALLEST)) for end in (min(ends), max(ends)))
-        at_low, at_high = (self.half_width(math.exp(x)) / size - 1 for x in (low, high))
-        if at_low <= 0 or at_high >= 0:  # at an end, but for rounding
-            return math.exp(low if at_low <= 0 else high)
-        before = 0.0
-        for _ in range(100):  # false position; an end that stays twice weighs half (Illinois)
-            middle = (low * at_high - high * at_low) / (at_high - at_low)
-            found = self.half_width(math.exp(middle)) / size - 1
-            if abs(found) < 1e-12:
-                break
-            if found > 0:
-                low, at_low, at_high = middle, found, at_high / (2 if before > 0 else 1)
-            else:
-                high, at_high, at_low = middle, found, at_low / (2 if before < 0 else 1)
-            before = found
-        return math.exp(middle)
+
+        def excess(log_alpha: float) -> float:
+            return self.half_width(math.exp(log_alpha)) / size - 1
+
+        if excess(low) <= 0 or excess(high) >= 0:  # at an end, but for rounding
+            return math.exp(low if excess(low) <= 0 else high)
+        return math.exp(root_scalar(excess, bracket=(low, high), xtol=1e-12).root)
 
 
-def _tail(t: float, df: int) -> float:
-    """P(|T| > t) of Student's t, for t ≥ 0."""
-    square = t * t
-    return _incomplete_beta(df / 2, 0.5, df / (df + square), square / (df + square))
-
-
-def _quantile(alpha: float, df: int) -> float:
-    """The t with P(|T| > t) = alpha: Newton from 0, which a convex tail never lets overshoot."""
-    log_peak = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
-    t, step = 0.0, math.inf
-    while step > 1e-13 * t:
-        density = math.exp(log_peak - (df + 1) / 2 * math.log1p(t * t / df))
-        step = (_tail(t, df) - alpha) / (2 * density)
-        t += step
-    return t
-
-
-def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """I_x(a, b), regularised, with y = 1 - x; its continued fraction, from the far end."""
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, y, x)
-    if not x:
-        return 0.0
-    fraction = 1.0
-    for m in range(20 + int(2 * math.sqrt(max(a, b))), 0, -1):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        fraction = 1 + even / (1 + odd / fraction)
-    fraction = 1 - (a + b) * x / (a + 1) / fraction
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    return math.exp(log_front + a * math.log(x) + b * math.log(y)) / (a * fraction)
+def _quantile(alpha: float, drawn: int) -> float:
+    """The t that Student's |T| of so many draws exceeds with probability alpha."""
+    return -float(stdtrit(drawn - 1, alpha / 2))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.bootstrap import Sums, _quantile, _tail, compare, holm, interval
+from recipes.bootstrap import Sums, _Spread, compare, holm, interval
 from recipes.metric_captions import Bleu
 
 IMAGES = 50
@@ -124,23 +124,19 @@ def test_sums_that_no_evaluation_gives_are_refused(kind, rows, message):
 # --- Student's t
 
 
-def test_tails_of_t_are_the_closed_forms():
-    for t in (0.0, 1e-3, 0.5, 1.0, 2.0, 5.0, 40.0):
-        root = math.sqrt(1 + t * t / 4)
-        inside = t / root * (1 - t * t / (12 * root * root)) * 3 / 4
-        assert _tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-14)
-        assert _tail(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-14)
-        assert _tail(t, 4) == pytest.approx(1 - inside, abs=1e-14)
-    assert _tail(3.0, 10**6) == pytest.approx(math.erfc(3 / math.sqrt(2)), rel=1e-4)
-    assert _tail(20.0, 10**5) == pytest.approx(math.erfc(20 / math.sqrt(2)), rel=0.5)
-
-
-def test_quantiles_of_t_are_those_of_the_tables():
+def test_half_widths_are_those_of_the_tables():
     # Any textbook's table of the two-sided 5 %.
     table = {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042, 120: 1.980}
-    assert {df: round(_quantile(0.05, df), 3) for df in table} == table
-    for alpha, df in itertools.product((0.9, 0.05, 1e-6, 1e-40), (1, 2, 3, 49, 4999)):
-        assert _tail(_quantile(alpha, df), df) == pytest.approx(alpha, rel=1e-9)
+    for df, t in table.items():
+        for spread in (_Spread(4.0, 0.0, df + 1, 9), _Spread(0.0, 4.0, 9, df + 1)):
+            assert round(spread.half_width(0.05) / 2, 3) == t
+
+
+def test_p_is_the_level_whose_interval_touches_0():
+    for seeds, images, alpha in itertools.product((1, 2, 5), (2, 50), (0.9, 0.05, 1e-6, 1e-40)):
+        spread = _Spread(4.0 if seeds > 1 else 0.0, 0.3, seeds, images)
+        assert spread.p(spread.half_width(alpha)) == pytest.approx(alpha, rel=1e-6)
+        assert spread.p(-spread.half_width(alpha)) == spread.p(spread.half_width(alpha))
 
 
 # --- what the tests promise
