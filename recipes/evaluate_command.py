@@ -200,8 +200,6 @@ def _metrics(found: Found, resamples: int, seed: int) -> dict[str, dict[str, flo
             _, low, high = interval([sums], resamples=resamples, seed=seed)
             # The interval is symmetric: where it passes the end of the scale, nothing is.
             metrics[name] |= {"low": max(0.0, low), "high": min(high, most_of(name))}
-    for name, value in found.points.items():
-        metrics[name] = {"value": value, "low": None, "high": None}
     return metrics
 
 

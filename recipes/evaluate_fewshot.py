@@ -15,7 +15,7 @@ SUPPORT = 1000
 def fewshot(run: Trained) -> Found:
     """Captions, and the loss of the true ones, after so many demonstrations out of training.
 
-    Of the first few pictures. The losses have no interval: they are known of all pictures together.
+    Of the first few pictures.
 
     Raises:
         ImpossibleError: pictures without captions, no training shards to demonstrate with, or
@@ -30,7 +30,6 @@ def fewshot(run: Trained) -> Found:
             "train-*.tar, which demonstrate, and val-*.tar or dev-*.tar"
         )
     figures: dict[str, Sums] = {}
-    points: dict[str, float] = {}
     lines: dict[int, list[Line]] = {}
     try:
         captions = of_pictures(run.model, _options(run, "caption"))
@@ -44,10 +43,11 @@ def fewshot(run: Trained) -> Found:
         for row, text in enumerate(outcome.answers):
             lines.setdefault(row, []).append(Line(f"{shots} shots", text))
     for (shots, _), outcomes in likely.outcomes.items():
-        for name, value in outcomes[0].metrics.items():
-            points[f"{name}_{shots}_shots"] = value
+        (outcome,) = outcomes
+        for name, sums in outcome.sums.items():
+            figures[f"{name}_{shots}_shots"] = Sums("ratio", sums.numpy())
     columns = {f"_{shots}_shots": f"{shots} shots" for shots in options.shots}
-    return Found(figures, columns, lines, captions.described, points)
+    return Found(figures, columns, lines, captions.described)
 
 
 def _options(run: Trained, task: str) -> Namespace:

@@ -42,7 +42,6 @@ class Found:
         columns: endings of the figures' names, and what is different there.
         lines: of each picture that has any, for the page.
         described: further values for the JSON.
-        points: figures that are known of all pictures together only, and have no interval.
         chance: of figures, what guessing gives.
     """
 
@@ -50,7 +49,6 @@ class Found:
     columns: Mapping[str, str] = field(default_factory=lambda: {"": "value"})
     lines: dict[int, list[Line]] = field(default_factory=dict)
     described: dict[str, Any] = field(default_factory=dict)
-    points: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
 
 

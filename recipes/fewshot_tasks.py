@@ -3,10 +3,11 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from bridges.fewshot import FewShotPrompts, Shot
 from recipes.fewshot_match import same_text
@@ -33,10 +34,13 @@ class Outcome:
     Attributes:
         metrics: by name.
         answers: what the model said to each query.
+        sums: of metrics that are losses per token, by name: nats and tokens of each query, (n, 2)
+            in fp64.
     """
 
     metrics: dict[str, float]
     answers: list[str]
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,23 +262,24 @@ def likelihood(
         "nll_demos_exchanged": exchanged(prompts, "demonstrations"),
         "nll_text_only": [prompt.without_demonstrated() for prompt in prompts],
     }
-    metrics: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     each: dict[str, list[float]] = {}
     for name, rows in settings.items():
         if name != "nll" and rows == settings["nll"]:
-            metrics[name] = metrics["nll"]
+            sums[name] = sums["nll"]
             runner.advance(len(rows))
             continue
         found = runner.score(rows, [[answer] for answer in answers])
         losses = -torch.cat([scores for scores, _ in found]).double()
         lengths = torch.cat([length for _, length in found])
-        metrics[name] = float(losses.sum() / lengths.sum())
+        sums[name] = torch.stack([losses, lengths.double()], dim=1).cpu()
         each[name] = (losses / lengths).tolist()
     said = [
         ", ".join(f"{loss:.3f}{SAID[name]}" for name, loss in zip(each, row, strict=True))
         for row in zip(*each.values(), strict=True)
     ]
-    return Outcome(metrics, said)
+    totals = {name: one.sum(dim=0) for name, one in sums.items()}
+    return Outcome({name: float(nats / n) for name, (nats, n) in totals.items()}, said, sums)
 
 
 def _share(values: Sequence[bool]) -> float:
