@@ -7,7 +7,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from recipes.ablation_grid import Cell, Match, get_key
+from recipes.ablation_cells import Cell
+from recipes.ablation_grid import Match
+from recipes.config_keys import get_key
 from recipes.data import CaptionData
 from recipes.features import MEMBER
 from recipes.samples import IMAGE_EXTENSIONS

@@ -11,7 +11,8 @@ from bridges import LanguageModel, VisionEncoder, bridge_factory
 from bridges.contract import DecoderShape, VisionShape
 from bridges.language import LoRA
 from recipes.ablation_fair import UnfairError
-from recipes.ablation_grid import RESAMPLER, Config, get_key, set_key
+from recipes.ablation_grid import RESAMPLER
+from recipes.config_keys import Config, get_key, set_key
 
 TOLERANCE = 0.05
 """How far apart parameters may be that count as matched."""

@@ -19,10 +19,12 @@ from rich.console import Console
 
 from bridges import VisionEncoder
 from bridges.embedded import cache_dir
-from recipes.ablation_grid import FIRST, LR, Cell, Config, GridSpec, get_key, set_key
+from recipes.ablation_cells import FIRST, LR, Cell
+from recipes.ablation_grid import GridSpec
 from recipes.ablation_job import RUN, Job
 from recipes.ablation_match import STEPS, TRIAL_STEPS, count_trainable, solve_size
 from recipes.cache import cache_features, is_cached
+from recipes.config_keys import Config, get_key, set_key
 from recipes.data import CaptionData
 from recipes.demo import scene_shards
 from recipes.shard_index import each_index

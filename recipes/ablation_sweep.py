@@ -11,12 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bridges.files import remove_orphans
 from recipes import ablation_plan as plan
+from recipes.ablation_cells import LR, Cell, baseline_of
 from recipes.ablation_fair import check_run
-from recipes.ablation_grid import LR, Cell, GridSpec, baseline_of, get_key, set_key
+from recipes.ablation_grid import GridSpec
 from recipes.ablation_job import RESULT_FILE, read_outcome, read_result
 from recipes.ablation_match import PER_STEP, STEPS, check_size, solve_steps
 from recipes.ablation_plan import Planned
 from recipes.ablation_pool import Finished
+from recipes.config_keys import get_key, set_key
 
 Result = dict[str, Any]
 Runner = Callable[[Sequence[Path], Finished], None]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.ablation_grid import Cell
+from recipes.ablation_cells import Cell
 from recipes.ablation_report import GAIN, run_rows
 from recipes.bootstrap import Sums, compare, holm, interval
 from recipes.evaluate_scores import BETTER, TITLES

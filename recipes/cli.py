@@ -26,7 +26,7 @@ COMMANDS = {
         "main",
         "ask a trained bridge after demonstrations in the prompt",
     ),
-    "ablate": ("recipes.ablation", "main", "train and compare the cells of a grid, fairly"),
+    "ablate": ("recipes.ablation_command", "main", "train and compare the cells of a grid, fairly"),
     "attention": ("recipes.attention", "main", "draw what words, or a Q-Former's queries, look at"),
     "export": ("recipes.export", "main", "write a trained bridge as a Hugging Face folder"),
     "bench": ("recipes.bench", "main", "measure ours beside a reference, in one process"),

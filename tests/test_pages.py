@@ -11,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from recipes.ablation_grid import cells_of, read_grid
+from recipes.ablation_cells import cells_of
+from recipes.ablation_grid import read_grid
 from recipes.documents import read_document
 from recipes.stream import ShardStream
 

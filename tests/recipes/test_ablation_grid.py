@@ -3,11 +3,13 @@
 import pytest
 import yaml
 
-from recipes.ablation import _overrides
+from recipes.ablation_cells import cells_of
+from recipes.ablation_command import _overrides
 from recipes.ablation_fair import UnfairError, check_planned
-from recipes.ablation_grid import GRIDS, cells_of, get_key, read_grid, set_key
+from recipes.ablation_grid import GRIDS, read_grid
 from recipes.ablation_plan import slug
 from recipes.cli import main
+from recipes.config_keys import get_key, set_key
 
 RESAMPLER = "model.bridge.init_args.resampler"
 SHIPPED = sorted(path.stem for path in GRIDS.glob("*.yaml"))

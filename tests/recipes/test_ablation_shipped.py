@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from recipes.ablation_grid import cells_of, read_grid
+from recipes.ablation_cells import cells_of
+from recipes.ablation_grid import read_grid
 from recipes.cli import main
 
 SHORT = (
