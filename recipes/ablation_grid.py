@@ -18,7 +18,6 @@ GRIDS = Path(__file__).parent / "configs" / "grids"
 """The shipped grids."""
 
 Match = Literal["steps", "flops", "params", "time"]
-
 Control = Literal["blind", "twin"]
 
 GRID = "grid."

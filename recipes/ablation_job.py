@@ -65,7 +65,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all that the result depends on; not of where the sweep's folder is."""
+        """Of all that the result depends on; of a first stage not where it lies, but what it is."""
         config = self.config
         if self.first:
             config = config | {"model": config["model"] | {"init_from": self.first}}
@@ -76,7 +76,8 @@ class Job:
         """Into the folder in which `run_job` finds it."""
         described = {"name": self.name, "digest": self.digest, "config": self.config}
         rest = {"order_samples": self.order_samples, "scoring": self._scoring()}
-        write_json(folder / JOB_FILE, described | rest | {"first": self.first})
+        rest |= {"first": self.first}
+        write_json(folder / JOB_FILE, described | rest)
 
     @classmethod
     def read(cls, folder: Path) -> "Job":

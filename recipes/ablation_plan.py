@@ -261,7 +261,7 @@ def mains(
             scoring = grid.evaluate
             if seed != cell.seeds[0]:
                 scoring = replace(scoring, attention=0)
-            job = Job(f"{cell.name}, seed {seed}", config, order, scoring, _digest(before))
+            job = Job(f"{cell.name}, seed {seed}", config, order, scoring, first=_digest(before))
             found[cell.name, seed] = Planned(job, out / "cells" / slug(cell.name) / f"seed-{seed}")
     return found
 

@@ -333,8 +333,11 @@ class _Spread(NamedTuple):
         def excess(log_alpha: float) -> float:
             return self.half_width(math.exp(log_alpha)) / size - 1
 
-        if excess(low) <= 0 or excess(high) >= 0:  # at an end, but for rounding
-            return math.exp(low if excess(low) <= 0 else high)
+        # At an end, but for rounding.
+        if excess(low) <= 0:
+            return math.exp(low)
+        if excess(high) >= 0:
+            return math.exp(high)
         return math.exp(root_scalar(excess, bracket=(low, high), xtol=1e-12).root)
 
 

@@ -106,10 +106,8 @@ def test_few_shot_figures_are_those_of_the_few_shot_command(run, shards, tmp_pat
     assert call(run, "--data", shards, "--out", tmp_path, "--tasks=fewshot", *FEW) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]["fewshot"]["metrics"]
     options = ["--shots=0,1", "--queries=4", "--batch_size=32", "--device=cpu"]
-    for task, names in {
-        "caption": ["exact_match", "colour"],
-        "nll": ["nll", "nll_text_only"],
-    }.items():
+    compared = {"caption": ["exact_match", "colour"], "nll": ["nll", "nll_text_only"]}
+    for task, names in compared.items():
         more = ["--max_new_tokens=4"] if task == "caption" else []
         arguments = ["--run", str(run), "--data", str(shards), f"--task={task}"]
         assert cli.main(["fewshot", *arguments, *options, *more, "--out", str(tmp_path)]) == 0

@@ -351,6 +351,8 @@ def test_the_loss_is_that_of_whole_sequences(model, shards, batch_size):
         assert outcome.metrics[name] == pytest.approx(
             sum(losses) / sum(map(len, answers)), rel=1e-4
         )
+        expected = torch.tensor([[n, len(a)] for n, a in zip(losses, answers, strict=True)])
+        torch.testing.assert_close(outcome.sums[name], expected.double(), rtol=1e-4, atol=1e-4)
     assert outcome.metrics["nll"] != outcome.metrics["nll_exchanged"]
     # The demonstrations keep their pictures.
     wrong = [prompt.pictures for prompt in exchanged(prompts, "query")]
